@@ -1,0 +1,110 @@
+"""Which example is trained when, and in which format: a pure function of (seed, epoch). No torch, no text, no clock.
+
+Every example comes exactly once an epoch (once per format with `all`), the remainder included; nothing is cut.
+Rows of one global batch are sorted by length, so that micro-batches pad little; the batches themselves stay random.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+Shuffle = Literal["each_epoch", "once", "never"]
+
+
+@dataclass(frozen=True)
+class Item:
+    """One rendered text. `trained[t]`: token t is in the loss. `format` is empty for replayed text."""
+
+    example: str
+    format: str
+    ids: tuple[int, ...]
+    trained: tuple[bool, ...]
+
+    @property
+    def supervised(self) -> int:
+        """How many tokens are in the loss."""
+        return sum(self.trained)
+
+
+def seeded(*parts: object) -> random.Random:
+    """A generator that depends on nothing but `parts`, the same on every machine and Python."""
+    return random.Random(hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest())
+
+
+class Epochs:
+    """The order of an epoch's items. Two with equal arguments give equal orders."""
+
+    def __init__(
+        self,
+        items: Mapping[tuple[str, str], Item],
+        examples: Sequence[str],
+        formats: Callable[[int, str], Sequence[str]],
+        seed: int,
+        shuffle: Shuffle = "each_epoch",
+        batch_size: int = 1,
+        replay: Sequence[Item] = (),
+        replay_share: float = 0.0,
+    ) -> None:
+        self._items, self._examples, self._formats = dict(items), list(examples), formats
+        self._seed, self._shuffle, self._batch_size = seed, shuffle, batch_size
+        self._replay = list(replay)
+        own = self._own(0)
+        self._replayed = _replay_rows(own, self._replay, replay_share)
+        self.size = len(own) + self._replayed
+        self.order = lru_cache(maxsize=2)(self._order)
+
+    def _own(self, epoch: int) -> list[Item]:
+        return [self._items[example, name] for example in self._examples for name in self._formats(epoch, example)]
+
+    def _order(self, epoch: int) -> list[Item]:
+        """The items of an epoch, counted from 0, in training order."""
+        rows = self._own(epoch) + seeded(self._seed, "replay", epoch).sample(self._replay, self._replayed)
+        if self._shuffle != "never":
+            seeded(self._seed, "order", 0 if self._shuffle == "once" else epoch).shuffle(rows)
+            return [item for batch in _chunks(rows, self._batch_size) for item in sorted(batch, key=_length)]
+        return rows
+
+
+def _replay_rows(own: Sequence[Item], replay: Sequence[Item], share: float) -> int:
+    """How many replayed texts an epoch takes, so that about `share` of its supervised tokens are theirs."""
+    if not replay or share <= 0:
+        return 0
+    wanted = share / (1 - share) * sum(item.supervised for item in own)
+    mean = sum(item.supervised for item in replay) / len(replay)
+    return min(len(replay), max(1, round(wanted / mean)))
+
+
+def _length(item: Item) -> int:
+    return len(item.ids)
+
+
+def _chunks(rows: Sequence[Item], size: int) -> list[Sequence[Item]]:
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
+def goldfish(item: Item, k: int, context: int = 13) -> Item:
+    """Leave about one supervised token in `k` out of the loss, chosen by a hash of the `context` tokens before it.
+
+    The same passage always drops the same tokens, so they are never learnt by heart [Hans et al. 2024, goldfish loss].
+    The last supervised token, the end mark, always stays.
+    """
+    last = max((t for t, on in enumerate(item.trained) if on), default=-1)
+    kept = tuple(
+        on and (t == last or not _dropped(item.ids[max(0, t - context) : t], k)) for t, on in enumerate(item.trained)
+    )
+    return Item(item.example, item.format, item.ids, kept)
+
+
+def _dropped(before: Sequence[int], k: int) -> bool:
+    digest = hashlib.sha256(",".join(map(str, before)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") % k == 0
+
+
+def micro_batch(batch_size: int, longest: int, budget: int = 2048) -> int:
+    """The largest divisor of `batch_size` whose padded micro-batch stays within `budget` tokens; at least 1."""
+    return max((d for d in range(1, batch_size + 1) if batch_size % d == 0 and d * longest <= budget), default=1)
