@@ -1,0 +1,134 @@
+"""One look at a model: how well it knows given answers, split by split and format by format, in sums over tokens.
+
+A look is a measurement only: it decides nothing and writes nothing. Losses are nats per supervised token, sizes UTF-8
+bytes of the answers; the end mark is scored with the answer it ends.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+from finetune.batches import Item
+from finetune.model import Movement
+
+# where the best single temperature is looked for; 1 is among them
+TEMPERATURES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.4, 1.6, 1.8, 2.0)
+_NATS_PER_BIT = 0.6931471805599453
+
+
+class Score(Protocol):
+    """One text's measure, as speak gives it."""
+
+    @property
+    def nll(self) -> float: ...
+    @property
+    def hits(self) -> Any: ...
+    @property
+    def nll_at(self) -> Any: ...
+
+
+class Speaks(Protocol):
+    """What a look asks of a model."""
+
+    def score(
+        self,
+        ids: Sequence[Sequence[int]],
+        masks: Sequence[Sequence[bool]],
+        temperatures: Sequence[float] = (),
+        base: bool = False,
+    ) -> Sequence[Score]: ...
+
+
+@dataclass(frozen=True)
+class Group:
+    """Texts measured as one row: a split in one format. `size`: UTF-8 bytes of the answers in the loss."""
+
+    split: str
+    format: str
+    items: tuple[Item, ...]
+    size: int
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Token-weighted figures of a group. `nll_tstar`: at the best single temperature; None if not asked for."""
+
+    nll: float
+    nll_tstar: float | None
+    accuracy: float
+    bpb: float
+    tokens: int
+
+
+def measure(
+    speaker: Speaks, group: Group, temperatures: Sequence[float] = TEMPERATURES, base: bool = False
+) -> Measure | None:
+    """Score a group; None, not zero, where nothing is supervised."""
+    scores = speaker.score([i.ids for i in group.items], [i.trained for i in group.items], temperatures, base)
+    tokens = sum(len(score.hits) for score in scores)
+    if tokens == 0:
+        return None
+    total = sum(score.nll for score in scores)
+    at = [sum(float(score.nll_at[k]) for score in scores) for k in range(len(temperatures))]
+    return Measure(
+        nll=total / tokens,
+        nll_tstar=min([*at, total]) / tokens if at else None,
+        accuracy=sum(int(score.hits.sum()) for score in scores) / tokens,
+        bpb=total / _NATS_PER_BIT / max(group.size, 1),
+        tokens=tokens,
+    )
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in a run a look is taken. `kind`: light, full or closing."""
+
+    kind: str
+    step: int
+    epoch: float
+    travel: float
+
+
+def rows(speaker: Speaks, groups: Sequence[Group], place: Place, movement: Movement) -> Iterator[dict[str, Any]]:
+    """Rows for metrics.jsonl, one a group, each with what it cost in seconds."""
+    for group in groups:
+        began = time.monotonic()
+        found = measure(speaker, group)
+        if found is not None:
+            where = {**head(place), "split": group.split, "format": group.format}
+            moved = {"moved": movement.share, "distance": movement.distance}
+            yield {**where, **asdict(found), **moved, "seconds": time.monotonic() - began}
+
+
+def head(place: Place) -> dict[str, Any]:
+    """The keys every row of a look begins with."""
+    return {"kind": "look", "look": place.kind, "step": place.step, "epoch": place.epoch, "travel": place.travel}
+
+
+@dataclass(frozen=True)
+class Alive:
+    """Whether an adapter moved and is felt: the change of NLL it makes, in the run's precision and in fp32."""
+
+    share: float  # of lora_A entries that differ from the start
+    per_travel: float  # mean change of an entry / travel: at most about 1 for AdamW
+    gradient_over_eps: float | None  # median rms(gradient) / eps; near 1 or below, eps swallows the step
+    change: float  # nats per token, negative is better
+    change_fp32: float
+
+
+def dead(alive: Alive, steps: int) -> str | None:
+    """Why an adapter is not worth a night, or None. Judged after 50 steps: at step 1 lora_A cannot move, for B is 0."""
+    if steps < 50 or alive.share >= 0.9:
+        return None
+    weak = alive.gradient_over_eps is not None and alive.gradient_over_eps < 10
+    cause = f" The gradient is only {alive.gradient_over_eps:.1f} x eps: AdamW's eps swallows it." if weak else ""
+    return f"After {steps} steps only {alive.share:.1%} of lora_A has moved.{cause}"
+
+
+def summary(found: Mapping[str, Any]) -> str:
+    """One row of a look in a line, for logs."""
+    figures = f"nll {found['nll']:.5f}, accuracy {found['accuracy']:.1%}, {found['bpb']:.3f} bits/byte"
+    return f"{found['split']} {found['format']}: {figures}"

@@ -1,0 +1,298 @@
+"""Load a base in 4-bit, attach or read an adapter, prove that adapter and residual stream are fp32.
+
+What it will not: train, measure text, or know a recipe. It stands on measured facts: a bf16 adapter stops moving near
+512 x LR, and a bf16 residual stream rounds a small adapter's effect away.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+
+from finetune.errors import refuse
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+POCKET = Path(__file__).with_name("pocket_base")
+_BASE_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model"]
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base on disk. `name`, what an adapter may say it belongs to: a Hub id, a folder's own name, never a path."""
+
+    name: str
+    folder: Path
+
+
+def find_base(base: str, revision: str | None = None) -> Base:
+    """The base's folder. A Hub id is downloaded (safetensors and text files only). Errors: UserError."""
+    if base == "pocket":
+        return Base("pocket", POCKET)
+    if Path(base).is_dir():
+        return Base(Path(base).resolve().name, Path(base))
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return Base(base, Path(snapshot_download(base, revision=revision, allow_patterns=_BASE_FILES)))
+    except GatedRepoError:
+        raise refuse(f"base: {base} is gated.", "Accept its licence on its page, then run `hf auth login`.") from None
+    except RepositoryNotFoundError:
+        raise refuse(
+            f"base: {base} is not on the Hub, or is private.", "Check the name or run `hf auth login`."
+        ) from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as fault:
+        remedy = "Check the connection and start again, or name a folder, or `base: pocket`."
+        raise refuse(f"base: {base} could not be fetched ({type(fault).__name__}).", remedy) from None
+
+
+def pick_device() -> torch.device:
+    """CUDA where there is one, else CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def working_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """bf16 autocast on CUDA; on a CPU everything stays fp32."""
+    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
+
+
+def load_base(folder: Path, quantization: str, device: torch.device) -> Any:
+    """A frozen causal LM in eval mode on `device`: nf4 (double quantised), int8 or none. Errors: UserError."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            quantization_config=_bits(quantization, dtype),
+            device_map={"": device},
+            trust_remote_code=False,
+            use_safetensors=True,
+            attn_implementation="sdpa",
+        )
+    except (OSError, ValueError) as fault:
+        what = f"base: {folder.name} cannot be loaded: {str(fault).splitlines()[0]}"
+        raise refuse(what, "It needs a config.json and the safetensors of a causal language model.") from fault
+    model.requires_grad_(False)
+    model.eval()
+    _keep_nf4_layout(model)
+    _residual_in_fp32(model)
+    return model
+
+
+def _bits(quantization: str, dtype: torch.dtype) -> Any:
+    if quantization == "nf4":
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_quant_storage=torch.uint8,
+        )
+    return BitsAndBytesConfig(load_in_8bit=True) if quantization == "int8" else None
+
+
+def _keep_nf4_layout(model: nn.Module) -> None:
+    """bitsandbytes repacks NF4 in place at the first eval forward on AVX512-BF16: logits shift, backward breaks."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]  # a plain flag of Linear4bit
+
+
+def _residual_in_fp32(model: Any) -> None:
+    """Norms and the embedding's *output* in fp32: the stream they feed stays fp32, table and head keep their dtype."""
+    for module in model.modules():
+        if type(module).__name__.endswith(("RMSNorm", "LayerNorm")):
+            module.float()
+    model.get_input_embeddings().register_forward_hook(lambda _module, _given, hidden: hidden.float())
+
+
+def decoder_layers(model: Any) -> nn.ModuleList:
+    """The base's stack of decoder layers, lowest first. Errors: UserError for an architecture without one."""
+    count = model.config.get_text_config().num_hidden_layers
+    stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    if not stacks:
+        raise refuse(
+            f"base: {type(model).__name__} has no stack of decoder layers.", "Use a decoder-only language model."
+        )
+    return stacks[0]
+
+
+def count_layers(folder: Path) -> int:
+    """Number of decoder layers, from config.json alone."""
+    return int(AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config().num_hidden_layers)
+
+
+@dataclass(frozen=True)
+class LoraShape:
+    """What an adapter looks like. `top`: only that many uppermost layers, None for all."""
+
+    rank: int
+    alpha: float
+    dropout: float
+    targets: tuple[str, ...]
+    top: int | None = None
+
+
+def attach(model: Any, shape: LoraShape, seed: int) -> Any:
+    """A PeftModel with a fresh fp32 LoRA adapter drawn from `seed` (lora_B is zero: the base is unchanged)."""
+    layers = len(decoder_layers(model))
+    _refuse_unknown_targets(model, shape.targets)
+    if shape.top is not None and shape.top > layers:
+        raise refuse(f"lora.layers: top {shape.top} of {layers} layers.", f"Give at most {layers}, or `all`.")
+    config = LoraConfig(
+        r=shape.rank,
+        lora_alpha=shape.alpha,
+        lora_dropout=shape.dropout,
+        target_modules=list(shape.targets),
+        layers_to_transform=None if shape.top is None else list(range(layers - shape.top, layers)),
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    torch.manual_seed(seed)
+    adapted = get_peft_model(model, config)
+    assert_fp32_adapter(adapted)
+    return adapted
+
+
+def _refuse_unknown_targets(model: nn.Module, targets: Iterable[str]) -> None:
+    inside = decoder_layers(model)[0]
+    linears = {name.rsplit(".", 1)[-1] for name, module in inside.named_modules() if isinstance(module, nn.Linear)}
+    if missing := [target for target in targets if target not in linears]:
+        raise refuse(
+            f"lora.targets: this base has no {', '.join(missing)}.",
+            f"Its linear layers are {', '.join(sorted(linears))}.",
+        )
+
+
+def adapter_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Every trained weight by name."""
+    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def assert_fp32_adapter(model: nn.Module) -> None:
+    """Errors: RuntimeError if any trained weight is not fp32. Such an adapter does not learn at a low LR."""
+    wrong = [name for name, weight in adapter_weights(model).items() if weight.dtype != torch.float32]
+    if wrong:
+        raise RuntimeError(f"{len(wrong)} adapter weights are not fp32, first {wrong[0]}")
+
+
+def assert_fp32_residual(model: Any) -> None:
+    """One forward of one token: every layer's output must be fp32 under the working precision. Errors: RuntimeError."""
+    seen: list[torch.dtype] = []
+
+    def record(_module: nn.Module, _given: Any, output: Any) -> None:
+        seen.append((output[0] if isinstance(output, tuple) else output).dtype)
+
+    hooks = [layer.register_forward_hook(record) for layer in decoder_layers(model)]
+    device = next(model.parameters()).device
+    try:
+        with torch.no_grad(), working_precision(device):
+            model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if set(seen) != {torch.float32}:
+        raise RuntimeError(f"the residual stream is {sorted(map(str, set(seen)))}, not fp32")
+
+
+def save_adapter(model: Any, folder: Path, base_name: str) -> None:
+    """Weights (safetensors) and config into `folder`: plain PEFT loads them, equal weights are equal bytes, no path."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT looks for the base's config to see whether embeddings grew; they do not
+        model.save_pretrained(str(folder), save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)
+    path = folder / ADAPTER_CONFIG
+    config = json.loads(path.read_text())
+    config["base_model_name_or_path"] = base_name
+    for key in ("target_modules", "layers_to_transform"):
+        if isinstance(config.get(key), list):
+            config[key] = sorted(config[key])
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def read_weights(model: Any, folder: Path) -> None:
+    """Put the adapter in `folder` into `model`, which must have the same shape. Errors: UserError."""
+    result = set_peft_model_state_dict(model, load_file(folder / ADAPTER_WEIGHTS))
+    lost = [name for name in result.missing_keys if "lora_" in name]
+    if lost or result.unexpected_keys:
+        raise refuse(
+            f"{folder}: this adapter has another shape than the recipe's.", "Start with --fresh, or restore the recipe."
+        )
+    assert_fp32_adapter(model)
+
+
+def open_adapter(model: Any, folder: Path) -> Any:
+    """A PeftModel of an adapter on disk, fp32, for looking and talking only."""
+    return PeftModel.from_pretrained(model, str(folder), is_trainable=False)
+
+
+@contextmanager
+def frozen_random_state() -> Iterator[None]:
+    """What happens inside leaves torch's random state (CPU and CUDA) as it was."""
+    cpu = torch.random.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    try:
+        yield
+    finally:
+        torch.random.set_rng_state(cpu)
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)
+
+
+class Start:
+    """The adapter as it began, on the CPU, to tell later whether and how far it moved."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._weights = {name: weight.detach().to("cpu", copy=True) for name, weight in adapter_weights(model).items()}
+
+    def movement(self, model: nn.Module) -> Movement:
+        """How far the adapter is from its start."""
+        moved = entries = 0
+        square = total = 0.0
+        count = 0
+        for name, weight in adapter_weights(model).items():
+            step = weight.detach().to("cpu") - self._weights[name]
+            square += float(step.double().square().sum())
+            total += float(step.double().abs().sum())
+            count += step.numel()
+            if "lora_A" in name:
+                moved += int(torch.count_nonzero(step))
+                entries += step.numel()
+        return Movement(moved / max(entries, 1), square**0.5, total / max(count, 1))
+
+
+@dataclass(frozen=True)
+class Movement:
+    """`share` of lora_A entries that differ from the start; `distance` (L2) and `mean` absolute change of all."""
+
+    share: float
+    distance: float
+    mean: float
+
+
+def gradient_over_eps(model: nn.Module, eps: float) -> float | None:
+    """Median over weights of rms(gradient) / eps; near 1 or below, eps swallows the step. None: no gradients."""
+    gradients = [weight.grad for weight in adapter_weights(model).values() if weight.grad is not None]
+    ratios = [float(gradient.double().square().mean().sqrt()) / eps for gradient in gradients]
+    return float(torch.tensor(ratios).median()) if ratios else None
+
+
+def gib_in_use(device: torch.device) -> float:
+    """GiB (2^30 bytes): peak allocated on CUDA since start, else the process's resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import psutil
+
+    return float(psutil.Process(os.getpid()).memory_info().rss) / 2**30

@@ -1,0 +1,194 @@
+"""complete(prompts) and score(tokens): all that a probe may ask of a model, base or adapter.
+
+Teacher-forced passes in eval mode, dropout off, no cache; answers with a KV cache. What it will not: judge, render, or
+change any training state (weights, random state, train mode are left as found).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+
+from finetune.model import frozen_random_state, working_precision
+
+_HEAD_TOKENS = 512  # positions sent through the head at once: bounds the fp32 logits to 512 x vocabulary
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One text's supervised tokens, in order: log p (nats), greedy hits, NLL sums at temperatures."""
+
+    log_p: Tensor  # (T,) float32, cpu
+    hits: Tensor  # (T,) bool, cpu
+    nll_at: Tensor  # (temperatures,) float64 sum over tokens, cpu
+
+    @property
+    def nll(self) -> float:
+        """Sum over tokens, nats."""
+        return -float(self.log_p.double().sum())
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One generated answer, stop string cut off. `ended`: by a stop string or EOS, not by the length limit."""
+
+    text: str
+    ended: bool
+    tokens: int
+
+
+class Speaker:
+    """A loaded model with or without an adapter, and the raw tokenizer that belongs to it."""
+
+    def __init__(self, model: Any, tokenizer: Tokenizer, eos_id: int | None, batch_tokens: int = 4096) -> None:
+        self._model, self._tokenizer, self._eos = model, tokenizer, eos_id
+        self._batch_tokens = batch_tokens
+        self._device = next(model.parameters()).device
+
+    def score(
+        self,
+        ids: Sequence[Sequence[int]],
+        masks: Sequence[Sequence[bool]],
+        temperatures: Sequence[float] = (),
+        base: bool = False,
+    ) -> list[Scored]:
+        """Score the tokens where a mask is true, each given all before it. `base`: with the adapter off."""
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+        found: dict[int, Scored] = {}
+        with self._quiet(base):
+            for batch in _batches(order, [len(row) for row in ids], self._batch_tokens):
+                found.update(
+                    zip(
+                        batch,
+                        self._score_batch([ids[i] for i in batch], [masks[i] for i in batch], temperatures),
+                        strict=True,
+                    )
+                )
+        return [found[i] for i in range(len(ids))]
+
+    def _score_batch(
+        self, ids: Sequence[Sequence[int]], masks: Sequence[Sequence[bool]], temperatures: Sequence[float]
+    ) -> Iterator[Scored]:
+        inputs, attention = _pad(ids, left=False, device=self._device)
+        plain = self._model.get_base_model() if hasattr(self._model, "get_base_model") else self._model
+        hidden = plain.get_decoder()(input_ids=inputs, attention_mask=attention, use_cache=False).last_hidden_state
+        for row, (tokens, mask) in enumerate(zip(ids, masks, strict=True)):
+            at = torch.tensor([t for t in range(1, len(tokens)) if mask[t]], device=self._device)
+            yield self._score_row(plain, hidden[row, at - 1], inputs[row, at], temperatures)
+
+    def _score_row(self, plain: Any, hidden: Tensor, targets: Tensor, temperatures: Sequence[float]) -> Scored:
+        log_p, hits, sums = [], [], torch.zeros(len(temperatures), dtype=torch.float64)
+        for start in range(0, len(targets), _HEAD_TOKENS):
+            wanted = targets[start : start + _HEAD_TOKENS]
+            logits = _logits(plain, hidden[start : start + _HEAD_TOKENS])
+            log_p.append(_log_p(logits, wanted))
+            hits.append(logits.argmax(-1) == wanted)
+            for k, temperature in enumerate(temperatures):
+                sums[k] -= _log_p(logits / temperature, wanted).double().sum().cpu()
+        return Scored(_joined(log_p, torch.float32), _joined(hits, torch.bool), sums)
+
+    def complete(
+        self, prompts: Sequence[Sequence[int]], stops: Sequence[str], max_new_tokens: int, base: bool = False
+    ) -> list[Answer]:
+        """Greedy answers to prompts given as token ids, batched with a KV cache; each stops at a stop string or EOS."""
+        if not prompts:
+            return []
+        inputs, attention = _pad(prompts, left=True, device=self._device)
+        watch = _Stops(self._tokenizer, stops, inputs.shape[1])
+        config = GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=self._eos,
+            pad_token_id=self._eos or 0,
+            use_cache=True,
+        )
+        with self._quiet(base):
+            out = self._model.generate(
+                input_ids=inputs,
+                attention_mask=attention,
+                generation_config=config,
+                stopping_criteria=StoppingCriteriaList([watch]),
+            )
+        return [self._answer(row[inputs.shape[1] :].tolist(), stops) for row in out]
+
+    def _answer(self, ids: list[int], stops: Sequence[str]) -> Answer:
+        ended = self._eos in ids
+        ids = ids[: ids.index(self._eos)] if ended and self._eos is not None else ids
+        text = self._tokenizer.decode(ids, skip_special_tokens=False)
+        cuts = [text.index(stop) for stop in stops if stop and stop in text]
+        return Answer(text[: min(cuts)] if cuts else text, ended or bool(cuts), len(ids))
+
+    @contextmanager
+    def _quiet(self, base: bool) -> Iterator[None]:
+        training = self._model.training
+        self._model.eval()
+        try:
+            with frozen_random_state(), torch.no_grad(), working_precision(self._device):
+                if base and hasattr(self._model, "disable_adapter"):
+                    with self._model.disable_adapter():
+                        yield
+                else:
+                    yield
+        finally:
+            self._model.train(training)
+
+
+class _Stops(StoppingCriteria):  # type: ignore[misc]  # transformers is untyped
+    """Ends a row when its new text holds a stop string; looks at a tail only, long enough for the longest stop."""
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], start: int) -> None:
+        self._tokenizer, self._start = tokenizer, start
+        self._stops = [stop for stop in stops if stop]
+        self._tail = 2 + max((len(stop.encode()) for stop in self._stops), default=0)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_unused: Any) -> Tensor:
+        tails = [row[self._start :][-self._tail :].tolist() for row in input_ids]
+        texts = [self._tokenizer.decode(tail, skip_special_tokens=False) for tail in tails]
+        return torch.tensor([any(stop in text for stop in self._stops) for text in texts], device=input_ids.device)
+
+
+def _logits(plain: Any, hidden: Tensor) -> Tensor:
+    """(n, hidden) to fp32 logits (n, vocabulary), as the model's own forward makes them."""
+    logits: Tensor = plain.get_output_embeddings()(hidden).float()
+    config = plain.config.get_text_config()
+    cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2 and later
+    return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def _log_p(logits: Tensor, wanted: Tensor) -> Tensor:
+    return torch.log_softmax(logits, -1).gather(-1, wanted[:, None])[:, 0]
+
+
+def _joined(parts: list[Tensor], dtype: torch.dtype) -> Tensor:
+    return torch.cat(parts).to("cpu", dtype) if parts else torch.zeros(0, dtype=dtype)
+
+
+def _pad(rows: Sequence[Sequence[int]], left: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask (B, T), padded with 0 on one side."""
+    width = max(len(row) for row in rows)
+    ids = torch.zeros((len(rows), width), dtype=torch.long)
+    seen = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        place = slice(width - len(row), width) if left else slice(0, len(row))
+        ids[i, place] = torch.tensor(list(row))
+        seen[i, place] = 1
+    return ids.to(device), seen.to(device)
+
+
+def _batches(order: Sequence[int], lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+    """Rows of like length together, padded size within `budget` tokens; a longer row goes alone."""
+    batch: list[int] = []
+    for i in order:
+        if batch and (len(batch) + 1) * lengths[i] > budget:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
