@@ -1,0 +1,19 @@
+# Everyday commands; `just --list` shows them. All run in the venv of README.
+
+export OMP_NUM_THREADS := "1"
+
+# the checks of .ci/run on the working tree
+check:
+    .venv/bin/ruff check && .venv/bin/ruff format --check && .venv/bin/mypy && .venv/bin/pytest
+
+# make pocket, the bundled base, again (about an hour on two cores)
+pocket:
+    .venv/bin/python -m finetune.pocket
+
+# sft train against trl sft: same rows, tokens, dtype and threads in one run
+bench-trl:
+    .venv/bin/python tests/bench/against_trl.py
+
+# kill a run many times at random and compare it with one that was left alone
+bench-kill:
+    .venv/bin/python tests/bench/kill_and_go_on.py
