@@ -56,6 +56,11 @@ class Document:
     def __init__(self, file: Path | str, data: Any, origins: dict[Key, Origin], problems: list[Problem]) -> None:
         self.file, self.data, self.origins, self.problems = file, data, origins, problems
 
+    @property
+    def lines(self) -> dict[Key, int]:
+        """The line of every key path that stands in the file, from 1."""
+        return {key: origin.line for key, origin in self.origins.items() if origin.line is not None}
+
     def origin(self, key: Key) -> Origin:
         """Of the key, or of the nearest section around it; the file as a whole has no line."""
         tries = (self.origins[key[:length]] for length in range(len(key), 0, -1) if key[:length] in self.origins)
