@@ -34,7 +34,7 @@ class Means:
     """How to say what a text field holds, and whether it points somewhere. `but` are words, not places."""
 
     words: str
-    place: Literal["", "path", "dataset", "base"] = ""
+    place: Literal["", "path", "dataset", "base", "format"] = ""
     but: tuple[str, ...] = ()
 
 
@@ -92,8 +92,9 @@ def _setting(key: str, field: FieldInfo) -> Setting:
 
 def words(kind: Any, metadata: Sequence[Any] = (), bounded: bool = True) -> str:
     """A type in plain English, with its bounds in brackets unless they are told apart."""
+    limits = f" ({', '.join(_limits(metadata))})" if bounded and _limits(metadata) else ""
     if mark := next((mark for mark in metadata if isinstance(mark, Means)), None):
-        return mark.words
+        return mark.words + limits
     origin, args = get_origin(kind), get_args(kind)
     if origin is Annotated:
         return words(args[0], _flat(args[1:]), bounded)
@@ -101,7 +102,6 @@ def words(kind: Any, metadata: Sequence[Any] = (), bounded: bool = True) -> str:
         return " | ".join(map(str, args))
     if origin in (Union, UnionType):
         return " | ".join(words(one, (), bounded) for one in sorted(args, key=lambda one: one is not NoneType))
-    limits = f" ({', '.join(_limits(metadata))})" if bounded and _limits(metadata) else ""
     if origin is tuple:
         inner = [words(one, (), bounded) for one in args if one is not Ellipsis]
         return f"a list of {inner[0]}{limits}" if Ellipsis in args else f"[{', '.join(inner)}]"

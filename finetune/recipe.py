@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,9 +35,8 @@ _MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "do
 _TAUGHT = ("chatml", "alpaca", "vicuna-v1.1", "user-assistant-plain", "md-bold-role")
 Share = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
-FormatName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$"), Means("format names")]
 ModuleName = Annotated[str, Field(pattern=r"^\w+$"), Means("module names")]
-Names = Annotated[tuple[FormatName, ...], AfterValidator(_distinct)]
+Names = Annotated[tuple[str, ...], AfterValidator(_distinct), Means("a list of format names, or .yaml files", "format")]
 Logger = Literal["tensorboard", "trackio", "wandb"]
 Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "one_cycle", "cyclical"]
 
@@ -278,7 +276,7 @@ _LATER = (
 def load(path: Path | str, sets: Sequence[str] = ()) -> Recipe:
     """The recipe in a file after `--set key=value`; its paths are absolute. UserError with every fault at once."""
     draft = yamlfile.read(Path(path), sets)
-    _settle(draft)
+    places.settle(draft, SHAPE.leaves)
     return _validated(draft)
 
 
@@ -339,22 +337,6 @@ def _values(recipe: Recipe) -> dict[str, Any]:
 def _may_change(key: str, recipe: Recipe) -> bool:
     constant = recipe.optimizer.schedule in ("constant", "constant_with_warmup")
     return key.partition(".")[0] in _FREE or (key == "epochs" and constant)
-
-
-def _settle(draft: Document) -> None:
-    """Make every path absolute, from the folder it was written in; refuse those that lead nowhere."""
-    for name, field in SHAPE.leaves.items():
-        key, mark = tuple(name.split(".")), next((one for one in field.metadata if isinstance(one, Means)), None)
-        value, folder = at(draft.data, key), draft.origin(key).folder
-        if mark is None or not mark.place or not isinstance(value, str) or value in mark.but:
-            continue
-        if not value.strip():
-            draft.refuse(key, f"{name} is empty.", f"Write {mark.words}.")
-        elif places.is_path(value, folder, mark.place):
-            path = at(draft.data, key[:-1])[key[-1]] = places.absolute(value, folder)
-            if not os.path.exists(path):
-                what = f"{name} is {fields.cut(fields.shown(value))}, where there is nothing."
-                draft.refuse(key, what, places.nearby(path))
 
 
 def _validated(draft: Document) -> Recipe:

@@ -46,7 +46,7 @@ def find(name: str, kind: Kind = "recipes") -> Path:
 
 
 def describe(starter: Path) -> str:
-    """One line: a recipe's or suite's first comment, the first heading of a dataset's README; empty if there is none."""
+    """One line: a recipe's or suite's first comment, the first heading of a dataset's README, or nothing."""
     file = starter / "README.md" if starter.is_dir() else starter
     if not file.is_file():
         return ""
