@@ -88,23 +88,23 @@ class Document:
 
     def put(self, key: tuple[str, ...], value: Any, origin: Origin) -> None:
         """Enter a value; a mapping is merged key by key, so that `lora={rank: 8}` leaves the other settings of lora."""
-        if isinstance(value, dict) and value:
-            for name, inner in value.items():
-                self.put((*key, name), inner, origin)
-            return
-        place = self.data
-        for part in key[:-1]:
-            place[part] = place[part] if isinstance(place.get(part), dict) else {}
-            place = place[part]
-        place[key[-1]] = value
-        self.origins = {old: at for old, at in self.origins.items() if old[: len(key)] != key} | {key: origin}
+        mapping = isinstance(value, dict) and value
+        if not mapping or not isinstance(at(self.data, key), dict):
+            place = self.data
+            for part in key[:-1]:
+                place[part] = place[part] if isinstance(place.get(part), dict) else {}
+                place = place[part]
+            place[key[-1]] = {} if mapping else value
+            self.origins = {old: one for old, one in self.origins.items() if old[: len(key)] != key} | {key: origin}
+        for name, inner in value.items() if mapping else ():
+            self.put((*key, name), inner, origin)
 
 
 def at(data: Any, path: Sequence[str | int]) -> Any:
     """The value at a key path; None where there is none."""
     for part in path:
-        if isinstance(data, tuple) and isinstance(part, int):
-            data = data[part]
+        if isinstance(data, tuple):
+            data = data[part] if isinstance(part, int) and part < len(data) else None
         else:
             data = data.get(part) if isinstance(data, dict) else None
     return data
@@ -145,11 +145,11 @@ def dump(data: Any) -> str:
 
 
 class _Dumper(yaml.SafeDumper):
-    """PyYAML quotes what YAML 1.1 misreads; ours must also quote what only YAML 1.2 takes for a number."""
+    """PyYAML quotes what YAML 1.1 misreads; ours must also quote 1.2's numbers, and odd line ends."""
 
 
 def _represent(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    style = None if scalar(text) == text else '"'
+    style = None if scalar(text) == text and text.isprintable() else '"'
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 
