@@ -92,7 +92,10 @@ def _unreadable(path: Path, error: OSError) -> Problem:
             beside = difflib.get_close_matches(path.name, [other.name for other in path.parent.iterdir()], n=1)
         except OSError:
             beside = []
-        return Problem("does not exist.", f"Did you mean {path.parent / beside[0]}?" if beside else "", str(path))
+        remedy = (
+            f"Did you mean {path.parent / beside[0]}?" if beside else "A path in a recipe is relative to the recipe."
+        )
+        return Problem("does not exist.", remedy, str(path))
     return Problem(f"cannot be read ({error.strerror or error}).", "Check its permissions.", str(path))
 
 
