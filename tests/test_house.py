@@ -17,7 +17,7 @@ FLOORS = (
     "yamlfile markdown rows masks template",
     "places",
     "recipe corpus lint prompts estimate runs curve starters world batches",
-    "plan model prefix",
+    "plan model prefix orders",
     "train speak pocket looks",
     "echo leak robustness drift plots vigil",
     "verdict report chat export hub screen",
