@@ -31,6 +31,16 @@ class Item:
         return sum(self.trained)
 
 
+@dataclass(frozen=True)
+class Group:
+    """Texts measured as one row: a split in one format. `size`: UTF-8 bytes of the answers in the loss."""
+
+    split: str
+    format: str
+    items: tuple[Item, ...]
+    size: int
+
+
 def seeded(*parts: object) -> random.Random:
     """A generator that depends on nothing but `parts`, the same on every machine and Python."""
     return random.Random(hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest())

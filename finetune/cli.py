@@ -57,13 +57,17 @@ def train(
     """Train an adapter from a recipe. An unfinished run of the same recipe goes on by itself."""
     from rich.console import Console
 
+    from finetune import orders, runs
+
+    task = orders.read(orders.Order(target, tuple(sets), out, fresh, more, refit))
+    console = Console(stderr=True) if as_json else Console()
+    if fresh and (old := runs.fresh(task.run.path)):
+        console.print(f"The old run is now {old}.", highlight=False)
     _quiet_libraries()
     from finetune import night
     from finetune.screen import Screen
 
-    screen = Screen(Console(stderr=True) if as_json else Console())
-    order = night.Order(target, tuple(sets), out, fresh, more, refit)
-    outcome = night.run(order, screen)
+    outcome = night.run(task, Screen(console))
     if as_json:
         typer.echo(json.dumps(outcome.as_dict(), indent=2))
     else:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
-from finetune.batches import Item
+from finetune.batches import Group
 from finetune.model import Movement
 
 # where the best single temperature is looked for; 1 is among them
@@ -40,16 +40,6 @@ class Speaks(Protocol):
         temperatures: Sequence[float] = (),
         base: bool = False,
     ) -> Sequence[Score]: ...
-
-
-@dataclass(frozen=True)
-class Group:
-    """Texts measured as one row: a split in one format. `size`: UTF-8 bytes of the answers in the loss."""
-
-    split: str
-    format: str
-    items: tuple[Item, ...]
-    size: int
 
 
 @dataclass(frozen=True)

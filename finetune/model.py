@@ -6,6 +6,7 @@ What it will not: train, measure text, or know a recipe. It stands on measured f
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import warnings
@@ -58,9 +59,41 @@ def find_base(base: str, revision: str | None = None) -> Base:
         raise refuse(f"base: {base} could not be fetched ({type(fault).__name__}).", remedy) from None
 
 
+def fingerprint(folder: Path) -> str:
+    """sha256 over a base's configuration, tokenizer, and the names and sizes of its weight files."""
+    digest = hashlib.sha256()
+    for name in ("config.json", "tokenizer.json"):
+        if (folder / name).is_file():
+            digest.update((folder / name).read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        digest.update(f"{path.name} {path.stat().st_size}".encode())
+    return digest.hexdigest()
+
+
 def pick_device() -> torch.device:
     """CUDA where there is one, else CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """What run.json says of the device: name, memory in GiB, threads on a CPU."""
+    if device.type != "cuda":
+        return {"type": device.type, "threads": torch.get_num_threads()}
+    about = torch.cuda.get_device_properties(device)
+    return {"type": "cuda", "name": about.name, "gib": about.total_memory / 2**30}
+
+
+def needs_checkpointing(model: Any, tokens: int) -> bool:
+    """Whether keeping all activations of a micro-batch of `tokens` tokens would take over half of the free GPU memory.
+
+    About 34 bytes per hidden unit, layer and token in a 16-bit forward [Korthikanti et al. 2022], and as much again for
+    the fp32 stream and LoRA's casts: a guess, not a measurement. Never on a CPU.
+    """
+    if not torch.cuda.is_available():
+        return False
+    config = model.config.get_text_config()
+    wanted = 68 * config.hidden_size * config.num_hidden_layers * tokens
+    return bool(wanted > torch.cuda.mem_get_info()[0] / 2)
 
 
 def working_precision(device: torch.device) -> AbstractContextManager[Any]:

@@ -264,13 +264,7 @@ def _clashes(recipe: Recipe) -> Iterator[Clash]:
 
 SHAPE = fields.Shape(Recipe)
 _FREE = ("watch", "hub", "report_to", "machine")  # going on with a run may change these
-_LATER = (
-    "data.replay",
-    "formats.sampled",
-    "regularise.stochastic_depth",
-    "regularise.goldfish",
-    "regularise.self_replay",
-)
+_LATER = ("data.intended", "formats.sampled", "regularise.self_replay", "report_to", "hub.repo")
 
 
 def load(path: Path | str, sets: Sequence[str] = ()) -> Recipe:

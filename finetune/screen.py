@@ -131,12 +131,10 @@ class Screen:
         if self._live is not None or row is None or now - self._told < _PLAIN_EVERY:
             return
         self._told = now
-        self._console.print(
-            f"epoch {row['epoch']:.0f}/{self._head.epochs}  step {row['step']}  "
-            f"loss {self._state.epoch_losses[-1]:.5f}  lr {row['lr']:.2e}  travel {row['travel']:.2e}  {self._speed():,.0f} tokens/s  left {self._left()}",
-            highlight=False,
-            soft_wrap=True,
-        )
+        where = f"epoch {row['epoch']:.0f}/{self._head.epochs}  step {row['step']}"
+        how = f"loss {self._state.epoch_losses[-1]:.5f}  lr {row['lr']:.2e}  travel {row['travel']:.2e}"
+        pace = f"{self._speed():,.0f} tokens/s  left {self._left()}"
+        self._console.print(f"{where}  {how}  {pace}", highlight=False, soft_wrap=True)
 
     def _tell_look(self, row: Mapping[str, Any] | None, samples: Sequence[Mapping[str, Any]]) -> None:
         if row is not None:

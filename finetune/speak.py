@@ -7,7 +7,7 @@ change any training state (weights, random state, train mode are left as found).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,7 +49,7 @@ class Speaker:
 
     def __init__(self, model: Any, tokenizer: Tokenizer, eos_id: int | None, batch_tokens: int = 4096) -> None:
         self._model, self._tokenizer, self._eos = model, tokenizer, eos_id
-        self._batch_tokens = batch_tokens
+        self._batch_tokens, self._exact = batch_tokens, False
         self._device = next(model.parameters()).device
 
     def score(
@@ -64,13 +64,8 @@ class Speaker:
         found: dict[int, Scored] = {}
         with self._quiet(base):
             for batch in _batches(order, [len(row) for row in ids], self._batch_tokens):
-                found.update(
-                    zip(
-                        batch,
-                        self._score_batch([ids[i] for i in batch], [masks[i] for i in batch], temperatures),
-                        strict=True,
-                    )
-                )
+                scored = self._score_batch([ids[i] for i in batch], [masks[i] for i in batch], temperatures)
+                found.update(zip(batch, scored, strict=True))
         return [found[i] for i in range(len(ids))]
 
     def _score_batch(
@@ -93,6 +88,12 @@ class Speaker:
             for k, temperature in enumerate(temperatures):
                 sums[k] -= _log_p(logits / temperature, wanted).double().sum().cpu()
         return Scored(_joined(log_p, torch.float32), _joined(hits, torch.bool), sums)
+
+    def change(self, ids: Sequence[int], mask: Sequence[bool], exact: bool = False) -> float:
+        """NLL with the adapter on minus off, nats per token. `exact`: all arithmetic in fp32, bf16 nowhere."""
+        with self._in_fp32() if exact else nullcontext():
+            tuned, base = (self.score([ids], [mask], base=off)[0] for off in (False, True))
+        return (tuned.nll - base.nll) / max(len(tuned.log_p), 1)
 
     def complete(
         self, prompts: Sequence[Sequence[int]], stops: Sequence[str], max_new_tokens: int, base: bool = False
@@ -126,11 +127,27 @@ class Speaker:
         return Answer(text[: min(cuts)] if cuts else text, ended or bool(cuts), len(ids))
 
     @contextmanager
+    def _in_fp32(self) -> Iterator[None]:
+        """4-bit layers compute in fp32 and autocast is off; left as found. A base that is itself bf16 keeps its own."""
+        layers = [module for module in self._model.modules() if hasattr(module, "compute_dtype")]
+        found = [layer.compute_dtype for layer in layers]
+        for layer in layers:
+            layer.compute_dtype = torch.float32
+        self._exact = bool(layers)
+        try:
+            yield
+        finally:
+            self._exact = False
+            for layer, dtype in zip(layers, found, strict=True):
+                layer.compute_dtype = dtype
+
+    @contextmanager
     def _quiet(self, base: bool) -> Iterator[None]:
         training = self._model.training
         self._model.eval()
         try:
-            with frozen_random_state(), torch.no_grad(), working_precision(self._device):
+            precision = nullcontext() if self._exact else working_precision(self._device)
+            with frozen_random_state(), torch.no_grad(), precision:
                 if base and hasattr(self._model, "disable_adapter"):
                     with self._model.disable_adapter():
                         yield

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import TrainerCallback
+from transformers import AutoTokenizer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from datasets import Dataset
@@ -169,7 +169,7 @@ class NightTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped
         return super().training_step(model, inputs, *more, **named)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """One row a step to the watcher; nothing is kept in the trainer's state, which every checkpoint would repeat."""
+        """One row a step to the watcher; nothing stays in the trainer's state, which every checkpoint would repeat."""
         self._metrics["train"].clear()
         if "grad_norm" not in logs:
             return
@@ -259,11 +259,13 @@ def _arguments(job: Job) -> Any:
     )
 
 
-def train(model: Any, tokenizer: Any, job: Job, watcher: Watcher, resume: Path | None = None) -> Progress:
+def train(model: Any, base: Path, job: Job, watcher: Watcher, resume: Path | None = None) -> Progress:
     """Train the adapter of `model` to `job.length.total` steps or until the watcher says stop.
 
-    `resume`: a checkpoint folder to go on from. Errors: UserError for what the user can mend (NaN, out of memory).
+    `base`: the folder its tokenizer is in. `resume`: a checkpoint folder to go on from. Errors: UserError for what the
+    user can mend (NaN, out of memory).
     """
+    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     with _memory_faults(job):
         trainer = NightTrainer(model, tokenizer, job, watcher)
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))

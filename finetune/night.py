@@ -1,0 +1,295 @@
+"""One run, from a recipe to a chosen adapter: prepare, train, look, keep, go on where it stopped.
+
+It joins the rooms below and decides when; how each thing is done is theirs. It prints nothing: a screen is passed in.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import signal
+import tempfile
+import traceback
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from finetune import __version__, corpus, machine, model, plan, recipe, runs, train
+from finetune.corpus import Split
+from finetune.errors import UserError, refuse
+from finetune.orders import Task
+from finetune.plan import Plan
+from finetune.runs import Derived, RunFolder
+from finetune.screen import Headline, Screen
+from finetune.speak import Speaker
+from finetune.train import Job, Progress
+from finetune.vigil import LookPlan, Vigil
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a night ended."""
+
+    folder: Path
+    text: str
+    facts: Mapping[str, Any]
+    interrupted: bool = False
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `--json`."""
+        return {"run": str(self.folder), "interrupted": self.interrupted, **self.facts}
+
+
+def run(task: Task, screen: Screen, save_every: float | None = None) -> Outcome:
+    """Carry out a task. Errors: UserError with every problem; an interruption is an outcome, not an error."""
+    with task.run.lock(), _library_talk_into(task.run.log):
+        if task.is_finished():
+            return _outcome(task)
+        try:
+            return _spend(task, screen, save_every)
+        except UserError as error:
+            _log(task.run.log, str(error))
+            raise
+        except Exception:
+            _log(task.run.log, traceback.format_exc())
+            raise
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A model ready to be trained, and what it belongs to."""
+
+    model: Any
+    start: model.Start
+    base: model.Base
+
+
+def _spend(task: Task, screen: Screen, save_every: float | None) -> Outcome:
+    base = model.find_base(task.recipe.base, task.recipe.revision)
+    made = _plan(task, base.folder)
+    looks = _begin(task, made, base.folder)
+    screen.say(f"Loading {base.name} ({task.recipe.quantization}).")
+    loaded = _load(task, base)
+    speaker = Speaker(loaded.model, made.vocabulary.tokenizer, made.vocabulary.eos_id)
+    vigil = Vigil(task.run, made, loaded.model, loaded.start, speaker, screen, looks, save_every)
+    with _stop_signals(vigil, screen):
+        _train(task, made, vigil, loaded, screen)
+    vigil.tidy()
+    task.run.record(state="stopped" if vigil.stopping else "finished", spent=_spent(task.run))
+    return _outcome(task, vigil.stopping)
+
+
+# before
+
+
+def _plan(task: Task, base: Path) -> Plan:
+    """The plan, with the recorded split; refused where the data are no longer those the run began with."""
+    split = Split.from_json(runs.read_json(task.run.split)) if task.going_on else None
+    everything = task.parent is not None and split is None
+    made = plan.make(task.recipe, base, split, everything=everything, online=True)
+    if task.going_on:
+        was, now = runs.read_json(task.run.run_json)["fingerprints"], _fingerprints(made, base)
+        if gone := [name for name in now if was[name] != now[name]]:
+            what = f"The {' and the '.join(gone)} changed since this run began."
+            raise refuse(what, "Restore what was there to go on, or start anew with --fresh.", task.run.path)
+    if task.steps is None:
+        return made
+    return replace(made, length=replace(made.length, total=task.steps))
+
+
+def _fingerprints(made: Plan, base: Path) -> dict[str, str]:
+    return {"dataset": corpus.fingerprint(made.conversations.values()), "base": model.fingerprint(base)}
+
+
+def _begin(task: Task, made: Plan, base: Path) -> LookPlan:
+    """Write what stays the same, run.json last: a folder without one has not begun. Returns the plan of looks."""
+    known = runs.read_json(task.run.run_json) if task.going_on else {}
+    if not known:
+        runs.write_json(task.run.split, made.split.to_json())
+        runs.write_atomic(task.run.source_recipe, task.source)
+    looks = _looks(task, made, known)
+    runs.write_atomic(task.run.recipe, recipe.resolved_yaml(task.recipe))
+    facts: dict[str, Any] = {"state": "running", "version": __version__, "seed": task.recipe.seed, **_environment()}
+    facts |= {"epochs": _epochs(task, made), "steps": made.length.total, "looks": looks, "derived": _derived(made)}
+    if task.parent is not None:
+        facts |= {"refit_of": str(task.parent), "refit_steps": task.steps}
+    if not known:
+        facts |= {"fingerprints": {**_fingerprints(made, base), "recipe": recipe.fingerprint(task.recipe)}}
+    task.run.record(**facts)
+    full, light = (
+        frozenset(min(e * made.length.per_epoch, made.length.total) for e in looks[k]) for k in ("full", "light")
+    )
+    return LookPlan(light - full, full, looks["reason"])
+
+
+def _environment() -> dict[str, Any]:
+    device = model.pick_device()
+    return {**machine.environment(), "device": model.describe(device)}
+
+
+def _epochs(task: Task, made: Plan) -> int:
+    return task.recipe.epochs if task.steps is None else math.ceil(made.length.total / made.length.per_epoch)
+
+
+def _looks(task: Task, made: Plan, known: Mapping[str, Any]) -> dict[str, Any]:
+    """The plan of looks, in epochs: fixed when a run begins, extended when it is given more of them."""
+    if task.steps is not None:
+        return {"light": [], "full": [_epochs(task, made)], "reason": "a refit is looked at once"}
+    was = known.get("looks", {"light": [], "full": [], "reason": made.looks.reason})
+    before = int(known.get("epochs", 0))
+    light = [*was["light"], *(epoch for epoch in made.looks.light if epoch > before)]
+    full = [*was["full"], *(epoch for epoch in made.looks.full if epoch > before)]
+    return {"light": light, "full": full, "reason": was["reason"]}
+
+
+def _derived(made: Plan) -> dict[str, Derived]:
+    length, wanted = made.length, made.recipe
+    rows = f"{made.epochs.size} texts an epoch, batch size {wanted.batch_size}"
+    return {
+        "steps": Derived(length.total, f"{length.per_epoch} an epoch ({rows})"),
+        "travel": Derived(made.travel, f"sum of the learning rate, {wanted.optimizer.schedule}"),
+        "micro_batch": Derived(made.micro_batch, f"the longest text has {made.longest()} tokens"),
+        "accumulation": Derived(wanted.batch_size // made.micro_batch, "batch_size / micro_batch"),
+        "looks": Derived(len(made.looks.light) + len(made.looks.full), made.looks.reason),
+    }
+
+
+# during
+
+
+def _load(task: Task, base: model.Base) -> _Loaded:
+    lora = task.recipe.lora
+    top = None if lora.layers == "all" else lora.layers.top
+    shape = model.LoraShape(lora.rank, lora.alpha, lora.dropout, lora.targets, top)
+    bare = model.load_base(base.folder, task.recipe.quantization, model.pick_device())
+    adapted = model.attach(bare, shape, task.recipe.seed)
+    if task.recipe.regularise.stochastic_depth:
+        train.add_stochastic_depth(adapted, task.recipe.regularise.stochastic_depth)
+    return _Loaded(adapted, model.Start(adapted), base)
+
+
+def _train(task: Task, made: Plan, vigil: Vigil, loaded: _Loaded, screen: Screen) -> None:
+    """Go on from the newest valid checkpoint, or begin; rows newer than it are dropped and come again."""
+    newest = task.run.newest_valid(full=True, tell=screen.say)
+    done = newest.step if newest else 0
+    task.run.cut_back(done)
+    progress = Progress()
+    if newest:
+        model.read_weights(loaded.model, newest.folder)
+        progress = Progress(**json.loads((newest.folder / train.PROGRESS).read_text()))
+    length = made.length
+    screen.open(Headline(task.run.path.name, _epochs(task, made), length.total, length.per_epoch, done))
+    try:
+        vigil.look_if_missing(done, progress)
+        if done < length.total:
+            with tempfile.TemporaryDirectory() as work:
+                job = _job(task, made, vigil, loaded, Path(work))
+                train.train(loaded.model, loaded.base.folder, job, vigil, newest.folder if newest else None)
+    finally:
+        screen.close()
+
+
+def _job(task: Task, made: Plan, vigil: Vigil, loaded: _Loaded, work: Path) -> Job:
+    wanted = task.recipe.machine.activation_checkpointing
+    checkpointing = (
+        model.needs_checkpointing(loaded.model, made.micro_batch * made.longest()) if wanted == "auto" else wanted
+    )
+    return Job(
+        epochs=made.epochs,
+        optimizer=task.recipe.optimizer,
+        length=made.length,
+        batch_size=task.recipe.batch_size,
+        micro_batch=made.micro_batch,
+        seed=task.recipe.seed,
+        base_name=loaded.base.name,
+        work=work,
+        new_checkpoint=vigil.new_checkpoint,
+        checkpointing=bool(checkpointing),
+    )
+
+
+@contextmanager
+def _stop_signals(vigil: Vigil, screen: Screen) -> Iterator[None]:
+    """Ctrl-C or SIGTERM: finish the step, save, stop. A second one stops at once; the last checkpoint stands."""
+
+    def ask(number: int, _frame: object) -> None:
+        if vigil.stopping:
+            raise KeyboardInterrupt
+        vigil.stopping = True
+        screen.say("Stopping after this step; once more to stop at once.")
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _library_talk_into(path: Path) -> Iterator[None]:
+    """What libraries warn of and log goes into log.txt, not onto the screen."""
+    handler = logging.FileHandler(path, encoding="utf-8", delay=True)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s"))
+    root = logging.getLogger()
+    root.addHandler(handler)
+    shown = warnings.showwarning
+    warnings.showwarning = lambda message, category, *_where: _log(path, f"{category.__name__}: {message}")
+    try:
+        yield
+    finally:
+        warnings.showwarning = shown
+        root.removeHandler(handler)
+        handler.close()
+
+
+def _log(path: Path, text: str) -> None:
+    with path.open("a", encoding="utf-8") as log:
+        log.write(text.rstrip() + "\n")
+
+
+# after
+
+
+def _spent(run: RunFolder) -> dict[str, Any]:
+    """Seconds by what they were spent on, and the share of looking in all of it."""
+    rows = runs.read_lines(run.metrics)
+    training = sum(row["seconds"] for row in rows if row["kind"] == "step")
+    looking = sum(row["seconds"] for row in rows if row["kind"] == "look")
+    looking += sum(row["seconds"] for row in runs.read_lines(run.samples))
+    return {"training": training, "looking": looking, "share_looking": looking / max(training + looking, 1e-9)}
+
+
+def _outcome(task: Task, interrupted: bool = False) -> Outcome:
+    facts = runs.read_json(task.run.run_json)
+    told = {key: facts.get(key) for key in ("state", "epochs", "steps", "chosen", "spent")}
+    told["adapter"] = str(task.run.adapter) if "chosen" in facts else None
+    return Outcome(task.run.path, "\n".join(_told(task, facts, interrupted)), told, interrupted)
+
+
+def _told(task: Task, facts: Mapping[str, Any], interrupted: bool) -> Iterator[str]:
+    chosen = facts.get("chosen")
+    if interrupted:
+        yield f"Stopped; everything is saved. Go on with: sft train {task.run.path}"
+    if chosen is None:
+        yield "There is no adapter yet: the first look is still to come."
+        return
+    yield f"Adapter: {task.run.adapter} (epoch {chosen['epoch']:g}: {chosen['reason']})"
+    yield from _gain(runs.read_lines(task.run.metrics), chosen["step"])
+
+
+def _gain(rows: list[dict[str, Any]], step: int) -> Iterator[str]:
+    """Held-out figures of the chosen adapter beside the base's, in the first format."""
+    held = [row for row in rows if row["kind"] == "look" and row["split"] == "held_out"]
+    base = next((row for row in held if row["step"] == 0), None)
+    now = next((row for row in held if row["step"] == step), None)
+    if base is not None and now is not None:
+        change = now["nll_tstar"] - base["nll_tstar"]
+        yield (
+            f"Held-out loss at its best temperature: {now['nll_tstar']:.5f} nats per token, "
+            f"{abs(change):.5f} {'below' if change < 0 else 'above'} the base ({now['format']})."
+        )

@@ -1,0 +1,115 @@
+"""What `sft train` was asked to do: a new run, one to go on with, one to take further, one to refit. No torch.
+
+It reads a recipe or a run folder and decides which of the four it is; it begins nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune import recipe, runs
+from finetune.errors import Problem, UserError, refuse
+from finetune.recipe import Recipe
+from finetune.runs import RunFolder
+
+
+@dataclass(frozen=True)
+class Order:
+    """The words of the command."""
+
+    target: str
+    sets: tuple[str, ...] = ()
+    out: Path | None = None
+    fresh: bool = False
+    more: int = 0
+    refit: bool = False
+
+
+@dataclass(frozen=True)
+class Task:
+    """A run about to begin or to go on. `steps`: where a refit ends, None for the recipe's own epochs."""
+
+    run: RunFolder
+    recipe: Recipe
+    source: bytes
+    going_on: bool
+    parent: Path | None = None
+    steps: int | None = None
+
+    def is_finished(self) -> bool:
+        """Whether nothing is left to train."""
+        if not self.going_on:
+            return False
+        facts = runs.read_json(self.run.run_json)
+        return facts["state"] == "finished" and (self.steps is not None or int(facts["epochs"]) >= self.recipe.epochs)
+
+
+def read(order: Order) -> Task:
+    """The task behind an order. Errors: UserError with every problem of the recipe."""
+    target = Path(order.target)
+    if (target / "run.json").is_file():
+        return _from_run(target, order)
+    if target.is_dir():
+        raise refuse("is a folder, but no run.", "Name a recipe, or a folder that `sft train` wrote.", target)
+    if order.more or order.refit:
+        raise refuse("--more and --refit go on with a run.", f"Name its folder, such as runs/{target.stem}.")
+    wanted = recipe.load(target, order.sets)
+    _refuse_unsupported(wanted, target)
+    run = RunFolder(order.out or Path("runs") / target.stem)
+    going_on = run.run_json.is_file() and not order.fresh
+    if going_on:
+        _refuse_changes(recipe.load_resolved(run.recipe), wanted, run.path)
+    return Task(run, wanted, target.read_bytes(), going_on)
+
+
+def _refuse_unsupported(wanted: Recipe, file: Path) -> None:
+    if later := recipe.unsupported(wanted):
+        raise UserError([Problem(one.what, one.remedy, file) for one in later])
+
+
+def _from_run(target: Path, order: Order) -> Task:
+    if order.out is not None or order.fresh:
+        raise refuse("--out and --fresh belong to a recipe.", f"Name the recipe, not {target}.")
+    run = RunFolder(target)
+    was = recipe.load_resolved(run.recipe)
+    facts = runs.read_json(run.run_json)
+    source = run.source_recipe.read_bytes()
+    if order.refit:
+        return _refit(run, was, facts, source)
+    wanted = recipe.load(run.recipe, order.sets) if order.sets else was
+    if order.more:
+        wanted = _more(wanted, facts, order.more, target)
+    _refuse_changes(was, wanted, target)
+    parent = facts.get("refit_of")
+    return Task(run, wanted, source, True, Path(parent) if parent else None, facts.get("refit_steps"))
+
+
+def _more(was: Recipe, facts: Mapping[str, Any], epochs: int, target: Path) -> Recipe:
+    if facts["state"] != "finished":
+        raise refuse(f"{target} is not finished.", f"`sft train {target}` goes on with it.")
+    if not was.optimizer.schedule.startswith("constant") or "refit_of" in facts:
+        what = (
+            f"{target} cannot be taken further: its learning rate follows {was.optimizer.schedule}, or it is a refit."
+        )
+        raise refuse(what, "Only a run under a constant learning rate can; raise `epochs` and use --fresh.")
+    return was.model_copy(update={"epochs": was.epochs + epochs})
+
+
+def _refit(parent: RunFolder, was: Recipe, facts: Mapping[str, Any], source: bytes) -> Task:
+    if "chosen" not in facts:
+        raise refuse(f"{parent.path} has no adapter yet.", "Let it run to its first look.")
+    if not was.optimizer.schedule.startswith("constant"):
+        raise refuse(f"A {was.optimizer.schedule} learning rate cannot be refitted.", "Use a constant one.")
+    run = RunFolder(parent.path.with_name(f"{parent.path.name}-refit"))
+    steps = int(facts["chosen"]["step"])
+    return Task(run, was, source, run.run_json.is_file(), parent.path, steps)
+
+
+def _refuse_changes(was: Recipe, wanted: Recipe, folder: Path) -> None:
+    changes = recipe.changed(was, wanted)
+    if changes:
+        remedy = "Restore the recipe to go on, or start anew with --fresh or another --out."
+        raise UserError([Problem(f"{change}.", remedy, folder) for change in changes])

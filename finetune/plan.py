@@ -1,0 +1,314 @@
+"""Recipe, dataset, formats and tokens put together: everything a night needs to know before a model is loaded.
+
+All that is wrong is told at once. No torch; the network only when asked to fetch a dataset. It measures nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetune import corpus, prompts
+from finetune.batches import Epochs, Group, Item, goldfish, micro_batch
+from finetune.conversation import Conversation
+from finetune.corpus import Split
+from finetune.errors import Problem, UserError, refuse
+from finetune.estimate import Cost, Length, Looks, plan_looks, steps_per_epoch, travel
+from finetune.format import Format
+from finetune.masks import Vocabulary, encode
+from finetune.recipe import Recipe
+
+_BACKWARD = 2.0  # a training step costs about this many passes: 4 FLOPs per frozen weight and token, a pass 2
+_DECODE = 100.0  # writing one token costs about as much as reading this many: it is bound by memory, not arithmetic
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Every text of a run as token ids, by (example, format). `twins` ask the same in other words; never trained."""
+
+    trained: Mapping[tuple[str, str], Item]
+    held_out: Mapping[tuple[str, str], Item]
+    twins: Mapping[tuple[str, str], Item]
+    replay: tuple[Item, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A night before it begins."""
+
+    recipe: Recipe
+    conversations: Mapping[str, Conversation]
+    split: Split
+    vocabulary: Vocabulary
+    formats: Mapping[str, Format]
+    texts: Texts
+    epochs: Epochs
+    length: Length
+    micro_batch: int
+    looks: Looks
+
+    @property
+    def travel(self) -> float:
+        """Sum of the learning rate over all steps."""
+        return travel(self.recipe.optimizer.learning_rate, self.recipe.optimizer.schedule, self.length)
+
+    @property
+    def first_format(self) -> str:
+        """The format in which light looks are taken."""
+        return next(iter(self.formats))
+
+    def longest(self) -> int:
+        """Tokens of the longest text that is trained on."""
+        return max(len(item.ids) for item in (*self.texts.trained.values(), *self.texts.replay))
+
+    def answer_limit(self) -> int:
+        """Tokens a sampled answer may have: a quarter more than the longest that is taught, at most 512."""
+        return min(512, 1 + max(5 * item.supervised // 4 for item in self.texts.trained.values()))
+
+    def groups(self, full: bool) -> list[Group]:
+        """What a look measures: held-out in one format; a full one also train, twins, and held-out in every format."""
+        first = self.first_format
+        wanted = [("held_out", first, self.texts.held_out)]
+        if full:
+            wanted += [("train", first, self.texts.trained), ("twin", first, self.texts.twins)]
+            wanted += [("held_out", name, self.texts.held_out) for name in self.formats if name != first]
+        return [group for split, name, items in wanted if (group := self._group(split, name, items))]
+
+    def _group(self, split: str, name: str, items: Mapping[tuple[str, str], Item]) -> Group | None:
+        chosen = tuple(item for (_, format), item in items.items() if format == name)
+        size = sum(_answer_bytes(self.conversations[item.example]) for item in chosen)
+        return Group(split, name, chosen, size) if chosen else None
+
+
+def _answer_bytes(one: Conversation) -> int:
+    return sum(len(turn.text.encode()) for turn in one.turns if turn.role == "assistant" and turn.loss)
+
+
+def make(
+    recipe: Recipe, base: Path, split: Split | None = None, everything: bool = False, online: bool = False
+) -> Plan:
+    """Plan a run on the base in folder `base`. `split`: the recorded one, else drawn; `everything`: hold nothing out.
+
+    `online`: a Hub dataset may be fetched. Errors: UserError with every problem of recipe, dataset and formats.
+    """
+    problems: list[Problem] = []
+    vocabulary = Vocabulary.load(base)
+    formats = _formats(recipe, problems)
+    conversations, split = _examples(recipe, split, everything, online, problems)
+    if problems:
+        raise UserError(problems)
+    texts = _texts(recipe, conversations, split, formats, vocabulary, problems)
+    problems += _format_problems(recipe, formats, vocabulary)
+    problems += _stop_problems(recipe, conversations.values(), formats, vocabulary)
+    if problems:
+        raise UserError(problems)
+    return _scheduled(recipe, conversations, split, vocabulary, formats, texts)
+
+
+def _scheduled(
+    recipe: Recipe,
+    conversations: Mapping[str, Conversation],
+    split: Split,
+    vocabulary: Vocabulary,
+    formats: Mapping[str, Format],
+    texts: Texts,
+) -> Plan:
+    names, draw = recipe.formats.train, recipe.formats.draw
+    epochs = Epochs(
+        texts.trained,
+        split.train,
+        lambda epoch, example: prompts.draw(recipe.seed, epoch, example, names, draw),
+        recipe.seed,
+        recipe.shuffle,
+        recipe.batch_size,
+        texts.replay,
+        recipe.data.replay.share if recipe.data.replay else 0.0,
+    )
+    per_epoch = steps_per_epoch(epochs.size, recipe.batch_size)
+    length = Length(per_epoch, per_epoch * recipe.epochs, recipe.optimizer.warmup_steps)
+    longest = max(len(item.ids) for item in (*texts.trained.values(), *texts.replay))
+    asked = recipe.machine.micro_batch
+    micro = micro_batch(recipe.batch_size, longest) if asked == "auto" else asked
+    plan = Plan(recipe, conversations, split, vocabulary, formats, texts, epochs, length, micro, Looks((), (), ""))
+    looks = plan_looks(recipe.epochs, recipe.watch.every, recipe.watch.budget, _cost(plan))
+    return Plan(recipe, conversations, split, vocabulary, formats, texts, epochs, length, micro, looks)
+
+
+def _cost(plan: Plan) -> Cost:
+    """Work of an epoch and of looks, in passes times tokens."""
+
+    def look(full: bool) -> float:
+        read = sum(len(item.ids) for group in plan.groups(full) for item in group.items)
+        return read + _DECODE * plan.answer_limit()
+
+    epoch = _BACKWARD * sum(len(item.ids) for item in plan.epochs.order(0))
+    return Cost(epoch, look(False), look(True))
+
+
+def _formats(recipe: Recipe, problems: list[Problem]) -> dict[str, Format]:
+    """Trained formats first, then the held-out ones, each under the name it has in the recipe."""
+    names = (*recipe.formats.train, *recipe.formats.held_out)
+    try:
+        return dict(zip(names, prompts.load(names), strict=True))
+    except UserError as error:
+        problems += error.problems
+        return {}
+
+
+def _examples(
+    recipe: Recipe, split: Split | None, everything: bool, online: bool, problems: list[Problem]
+) -> tuple[dict[str, Conversation], Split]:
+    """All examples by id, and which are trained."""
+    empty = Split((), (), {}, recipe.seed)
+    try:
+        examples = _read(recipe.data.train, recipe, online)
+        aside = _held_out_path(recipe)
+        kept = _read(aside, recipe, online) if aside else []
+        if everything:
+            split = corpus.split_given([*examples, *kept], [], recipe.seed)
+        elif split is None:
+            split = _draw(recipe, examples, kept)
+    except UserError as error:
+        problems += error.problems
+        return {}, empty
+    return {one.id: one for one in (*examples, *kept)}, split
+
+
+def _held_out_path(recipe: Recipe) -> str | None:
+    share = recipe.data.held_out
+    return share if isinstance(share, str) and share != "auto" else None
+
+
+def _draw(recipe: Recipe, examples: Sequence[Conversation], kept: Sequence[Conversation]) -> Split:
+    share = recipe.data.held_out
+    if kept or share == 0:
+        return corpus.split_given(examples, kept, recipe.seed)
+    return corpus.split(examples, share if isinstance(share, float) else "auto", recipe.seed)
+
+
+def _read(path: str, recipe: Recipe, online: bool) -> list[Conversation]:
+    if Path(path).exists():
+        return corpus.read(path, recipe.data.parts)
+    if not online:
+        raise refuse(f"data.train: {path} is not on this machine.", "`sft train` fetches it, or name a folder or file.")
+    from datasets import load_dataset
+
+    try:
+        rows = load_dataset(path, split="train")
+    except Exception as fault:  # the library raises a dozen kinds, its own and its clients'
+        what = f"data.train: {path} could not be fetched ({type(fault).__name__})."
+        raise refuse(what, "Check the name and the connection, or name a folder or file.") from fault
+    return corpus.rows_to_conversations(enumerate(rows, start=1), path)
+
+
+def _texts(
+    recipe: Recipe,
+    conversations: Mapping[str, Conversation],
+    split: Split,
+    formats: Mapping[str, Format],
+    vocabulary: Vocabulary,
+    problems: list[Problem],
+) -> Texts:
+    trained = {name: formats[name] for name in recipe.formats.train}
+
+    def items(ids: Iterable[str], wearing: Mapping[str, Format], twin: bool = False) -> dict[tuple[str, str], Item]:
+        found = {}
+        for one in (conversations[name] for name in ids):
+            shown = one.asked(split.twins[one.id]) if twin else one
+            for name, format in wearing.items():
+                found[one.id, name] = _item(shown, name, format, vocabulary)
+        return found
+
+    texts = Texts(
+        items(split.train, trained),
+        items(split.held_out, formats),
+        items([name for name in split.twins if name in conversations], formats, twin=True),
+        tuple(_replay(recipe, vocabulary, problems)),
+    )
+    problems += _too_long(texts, conversations, recipe.data.max_tokens)
+    if recipe.regularise.goldfish is None:
+        return texts
+    thinned = {key: goldfish(item, recipe.regularise.goldfish) for key, item in texts.trained.items()}
+    return Texts(thinned, texts.held_out, texts.twins, texts.replay)
+
+
+def _item(one: Conversation, name: str, wearing: Format, vocabulary: Vocabulary) -> Item:
+    tokens = encode(prompts.render(one, wearing, vocabulary), vocabulary)
+    return Item(one.id, name, tokens.ids, tokens.trained)
+
+
+def _too_long(texts: Texts, conversations: Mapping[str, Conversation], limit: int) -> Iterator[Problem]:
+    """Examples longer than the limit, by name, each once, in the format where it is longest."""
+    longest: dict[str, Item] = {}
+    for item in (*texts.trained.values(), *texts.held_out.values()):
+        if len(item.ids) > len(longest.get(item.example, Item("", "", (), ())).ids):
+            longest[item.example] = item
+    for name, item in longest.items():
+        if len(item.ids) > limit:
+            origin, what = conversations[name].origin, f"{name} has {len(item.ids)} tokens in {item.format}, "
+            remedy = "Shorten it, or raise data.max_tokens."
+            yield Problem(what + f"more than data.max_tokens {limit}.", remedy, origin.file, origin.line)
+
+
+def _format_problems(recipe: Recipe, formats: Mapping[str, Format], vocabulary: Vocabulary) -> Iterator[Problem]:
+    for name in recipe.formats.train:
+        yield from prompts.prove(formats[name], vocabulary)
+    trained = [formats[name] for name in recipe.formats.train]
+    yield from prompts.clashes(trained, [formats[name] for name in recipe.formats.held_out], vocabulary)
+
+
+def _stop_problems(
+    recipe: Recipe, examples: Iterable[Conversation], formats: Mapping[str, Format], vocabulary: Vocabulary
+) -> Iterator[Problem]:
+    """Answers that hold a stop string of a trained format: a client would cut them off there."""
+    stops = {stop: name for name in recipe.formats.train for stop in prompts.stops(formats[name], vocabulary)}
+    for one in examples:
+        for turn in one.turns:
+            for stop, name in stops.items() if turn.role == "assistant" else ():
+                if stop in turn.text:
+                    what = f"{one.id}: the answer holds {json.dumps(stop)}, a stop string of {name}."
+                    yield Problem(what, "Write it differently.", one.origin.file, turn.line)
+
+
+def _replay(recipe: Recipe, vocabulary: Vocabulary, problems: list[Problem]) -> Iterator[Item]:
+    """General text: .txt files whole, rows of .jsonl with `text`. Every token after BOS is in the loss."""
+    if recipe.data.replay is None:
+        return
+    limit, path = recipe.data.max_tokens, Path(recipe.data.replay.path)
+    files = sorted((*path.glob("*.txt"), *path.glob("*.jsonl"))) if path.is_dir() else [path]
+    for file in files:
+        for line, text in _replay_texts(file, problems):
+            ids = vocabulary.tokenizer.encode(text, add_special_tokens=False).ids
+            ids = [*_some(vocabulary.bos_id), *ids, *_some(vocabulary.eos_id)]
+            if len(ids) > limit:
+                what = f"a replayed text has {len(ids)} tokens, more than data.max_tokens {limit}."
+                problems.append(Problem(what, "Split it in two.", file, line))
+            trained = (vocabulary.bos_id is None, *(True,) * (len(ids) - 1))
+            yield Item(f"{file.name}:{line}", "", tuple(ids), trained)
+    if not files:
+        problems.append(Problem("data.replay.path holds no .txt or .jsonl.", "Put general text there.", path))
+
+
+def _some(token: int | None) -> list[int]:
+    return [] if token is None else [token]
+
+
+def _replay_texts(file: Path, problems: list[Problem]) -> Iterator[tuple[int, str]]:
+    try:
+        whole = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as fault:
+        problems.append(Problem(f"cannot be read ({type(fault).__name__}).", "It must be UTF-8 text.", file))
+        return
+    if file.suffix != ".jsonl":
+        yield from [(1, whole)] if whole.strip() else []
+        return
+    for line, row in enumerate(whole.splitlines(), start=1):
+        try:
+            text = json.loads(row)["text"] if row.strip() else ""
+        except (ValueError, TypeError, KeyError):
+            problems.append(Problem("this is no row with `text`.", 'Write {"text": "..."}.', file, line))
+            continue
+        if isinstance(text, str) and text.strip():
+            yield line, text
