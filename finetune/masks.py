@@ -93,10 +93,12 @@ class Vocabulary:
         config = _json(folder / "special_tokens_map.json") | _json(folder / "tokenizer_config.json")
         named = {key: text for key in config if key.endswith("_token") and (text := _said(config[key]))}
         state = _json(path)
-        bos = named.pop("bos_token", None)
+        bos = named.get("bos_token")
         spoken = bos if bos and _begins(state, bos, named.get("eos_token"), config.get("add_bos_token")) else None
-        vocabulary = cls.of(state, spoken, named.get("eos_token"), _template(folder, config), named)
-        return vocabulary
+        try:
+            return cls.of(state, spoken, named.get("eos_token"), _template(folder, config), named)
+        except Exception as error:  # the tokenizers library raises nothing narrower
+            raise refuse(f"this is not a tokenizer: {error}.", "Fetch the base again.", path) from None
 
 
 @dataclass(frozen=True)
@@ -120,10 +122,11 @@ class Tokens:
 
 
 def encode(rendered: Rendered, vocabulary: Vocabulary) -> Tokens:
-    """The ids of a rendered text, one BOS first if the base has one."""
+    """The ids of a rendered text, one BOS first if the base has one: the format's own where it writes that itself."""
     text, cut = rendered.text, rendered.prompt
     marks = list(_marks(rendered, vocabulary))
-    rows = [] if vocabulary.bos_id is None else [(vocabulary.bos_id, 0, 0)]
+    begun = bool(marks) and marks[0][:2] == (vocabulary.bos_id, 0)
+    rows = [] if vocabulary.bos_id is None or begun else [(vocabulary.bos_id, 0, 0)]
     opening = len(rows)
     rows += _piecewise(text, 0, cut, marks, vocabulary)
     prompt = len(rows)

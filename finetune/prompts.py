@@ -120,10 +120,8 @@ def read(path: Path) -> Format:
 def _shape() -> type[BaseModel]:
     """The model of a format file is the dataclass itself: one list of keys."""
     kinds = get_type_hints(Format)
-    default = {one.name: one.default if one.default is not MISSING else one.default_factory for one in fields(Format)}
     keys: dict[str, Any] = {
-        name: (kind, ... if default[name] is MISSING else () if callable(default[name]) else default[name])
-        for name, kind in kinds.items()
+        one.name: (kinds[one.name], ... if one.default is MISSING else one.default) for one in fields(Format)
     }
     return create_model("FormatFile", __config__=ConfigDict(extra="forbid"), **keys)
 
@@ -190,14 +188,15 @@ def prompt_text(turns: Sequence[Turn], fmt: Format, special: Special | None = No
 def stops(fmt: Format, special: Special) -> tuple[str, ...]:
     """The strings that end a generation: the format's end mark and stop strings as the base says them, its EOS."""
     mapped = _mapped(fmt, special.bos, special.eos)
-    return tuple(dict.fromkeys(stop for stop in (mapped.end, *mapped.stop_strings, special.eos) if stop))
+    end = render(_probe(fmt), fmt, special).segments[-1].text.strip() if fmt.name == NATIVE.name else mapped.end
+    return tuple(dict.fromkeys(stop for stop in (end, *mapped.stop_strings, special.eos) if stop))
 
 
 def prove(fmt: Format, vocabulary: Vocabulary) -> list[Problem]:
     """What would keep a model from learning to stop, or begin twice, seen on a small conversation; empty if sound."""
     what = f"format {fmt.name}"
     try:
-        tokens = encode(render(PROBE, fmt, vocabulary), vocabulary)
+        tokens = encode(render(_probe(fmt), fmt, vocabulary), vocabulary)
     except UserError as error:
         return error.problems
     answer, problems = tokens.answers[-1], []
@@ -216,16 +215,23 @@ def prove(fmt: Format, vocabulary: Vocabulary) -> list[Problem]:
 def clashes(
     trained: Sequence[Format], held_out: Sequence[Format], special: Special | None = None, system: str | None = None
 ) -> list[Problem]:
-    """Held-out formats that render exactly like a trained one; `system`: a system text of the data's, if any."""
-    special = special or Marks()
-    turns = (Turn("system", system), *PROBE.turns) if system else PROBE.turns
-    probe = replace(PROBE, turns=turns)
-    seen = {render(probe, one, special).text: one.name for one in reversed(trained)}
+    """Held-out formats that render exactly like a trained one; `system`: a system text of the data's, if any.
+
+    UserError where `native` is among them and the base's template cannot carry the probe.
+    """
+    shown = {one: render(_probe(one, system), one, special or Marks()).text for one in (*trained, *held_out)}
+    seen = {shown[one]: one.name for one in reversed(trained)}
     return [
         Problem(f"held-out format {one.name} renders exactly like the trained {twin}.", "Hold out another format.")
         for one in held_out
-        if (twin := seen.get(render(probe, one, special).text))
+        if (twin := seen.get(shown[one]))
     ]
+
+
+def _probe(fmt: Format, system: str | None = None) -> Conversation:
+    """The small conversation; of `native` only its last answer is asked, since many templates rewrite earlier ones."""
+    turns = [replace(turn, loss=fmt.name != NATIVE.name or at == 3) for at, turn in enumerate(PROBE.turns)]
+    return replace(PROBE, turns=(Turn("system", system), *turns) if system else tuple(turns))
 
 
 def _segments(turns: Sequence[Turn], fmt: Format, special: Special, origin: Origin | None) -> list[Segment]:

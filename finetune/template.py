@@ -30,6 +30,7 @@ _REMEDY = "Train in a format from `sft ls formats` instead, or shorten the examp
 def from_template(turns: Sequence[Turn], special: Special, origin: Origin | None = None) -> list[Segment]:
     """The segments of a conversation, or of a prompt where it ends in a question; BOS left out.
 
+    An earlier answer that is not in the loss is a text like the others; only the rest must be located.
     UserError (at `origin`) where there is no template, it refuses the conversation, or an answer cannot be located.
     """
     return _Filling(turns, special, origin).segments()
