@@ -314,7 +314,7 @@ def test_a_held_out_format_that_renders_like_a_trained_one_is_named() -> None:
     (problem,) = clashes([chatml, llama], [pythia, qwen])  # </s> and <|endoftext|> are the same token of one base
     assert problem.what == "held-out format openassistant renders exactly like the trained openassistant-llama."
     assert [p.what for p in clashes([chatml], [qwen], system="SYS")]  # its default is all that tells it apart
-    assert not clashes(*(load(names) for names in (["chatml", "alpaca", "vicuna-v1.1"], ["zephyr", "guanaco"])))
+    assert not clashes(load(FIVE), load(["zephyr", "guanaco", "mistral-v1", "openchat-3.5", "xml-tags"]))
 
 
 def test_stops_name_the_mark_the_stop_strings_and_the_bases_end() -> None:
