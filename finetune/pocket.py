@@ -49,13 +49,14 @@ class Settings:
     """How one base is made. Lengths in tokens, `minutes` of wall time on `threads` CPU threads."""
 
     out: Path = HOME
-    steps: int = 11000
+    steps: int = 9000
     seed: int = 0
     threads: int = 2
     learning_rate: float = 3.0e-3
     warmup: int = 200
     decay: float = 0.4  # share of the steps over which the rate falls to zero
     asked: int = 300  # questions in each measured format
+    save_every: int = 500  # steps
 
 
 CHATML = Format(
@@ -126,13 +127,16 @@ def draw_turns(rng: Random) -> list[str]:
     return [text for one in asked for text in (one.question, one.answer)]
 
 
-def draw_document(rng: Random) -> str:
-    """One training text without its BOS: prose of the world, or a conversation in some format."""
-    if rng.random() < 0.15:
-        return " ".join(world().draw_text(rng) for _ in range(rng.randint(1, 4))) + EOS
-    shape = draw_format(rng)
-    text = render(draw_turns(rng), shape, draw_system(rng, shape))
-    return text if shape.end and rng.random() < 0.25 else text + EOS
+def draw_document(rng: Random) -> tuple[str, str]:
+    """One training text without its BOS, and the prompt it opens with that is read but not learned ("" for none)."""
+    if rng.random() < 0.18:
+        return " ".join(world().draw_text(rng) for _ in range(rng.randint(1, 4))) + EOS, ""
+    shape, turns = draw_format(rng), draw_turns(rng)
+    system = draw_system(rng, shape)
+    text = render(turns, shape, system) + ("" if shape.end and rng.random() < 0.25 else EOS)
+    # Questions are mostly chance: learning to write them drowns what an answer has to teach.
+    read_only = len(turns) == 2 and rng.random() < 0.8
+    return text, render(turns[:1], shape, system) if read_only else ""
 
 
 def make_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
@@ -169,21 +173,24 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> MistralForCausa
 
 
 def draw_block(tokenizer: PreTrainedTokenizerFast, seed: int, block: int) -> list[torch.Tensor]:
-    """The batches of one block, each (B, T) right-padded ids with about equal numbers of tokens, in random order."""
+    """The batches of one block in random order: (2, B, T), ids and labels, right-padded, about equally many tokens."""
     rng = Random(f"{seed}/{block}")
-    rows = tokenizer([draw_document(rng) for _ in range(BLOCK_DOCUMENTS)])["input_ids"]
-    rows.sort(key=len)
-    ends = list(accumulate(map(len, rows)))
-    batches: list[list[list[int]]] = [[] for _ in range(BLOCK_STEPS)]
+    texts, prompts = zip(*(draw_document(rng) for _ in range(BLOCK_DOCUMENTS)), strict=True)
+    skipped = [len(ids) if prompt else 1 for prompt, ids in zip(prompts, tokenizer(prompts)["input_ids"], strict=True)]
+    rows = sorted(zip(tokenizer(texts)["input_ids"], skipped, strict=True), key=lambda row: len(row[0]))
+    ends = list(accumulate(len(ids) for ids, _ in rows))
+    batches: list[list[tuple[list[int], int]]] = [[] for _ in range(BLOCK_STEPS)]
     for row, end in zip(rows, ends, strict=True):
         batches[min(BLOCK_STEPS - 1, end * BLOCK_STEPS // (ends[-1] + 1))].append(row)
     rng.shuffle(batches)
     return [_pad(batch, tokenizer.pad_token_id) for batch in batches]
 
 
-def _pad(rows: list[list[int]], pad: int) -> torch.Tensor:
-    longest = max(map(len, rows))
-    return torch.tensor([row + [pad] * (longest - len(row)) for row in rows])
+def _pad(rows: list[tuple[list[int], int]], pad: int) -> torch.Tensor:
+    longest = max(len(ids) for ids, _ in rows)
+    ids = [row + [pad] * (longest - len(row)) for row, _ in rows]
+    labels = [[-100] * skip + row[skip:] + [-100] * (longest - len(row)) for row, skip in rows]
+    return torch.tensor([ids, labels])
 
 
 def rate(step: int, settings: Settings) -> float:
@@ -199,10 +206,12 @@ def make_optimizer(model: MistralForCausalLM) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.98), eps=1e-9)
 
 
-def one_step(model: MistralForCausalLM, optimizer: torch.optim.AdamW, ids: torch.Tensor, lr: float) -> float:
-    """Loss in nats per token over all tokens of (B, T) ids; padding stands right, out of a causal model's sight."""
-    labels = ids.masked_fill(ids == model.config.pad_token_id, -100)
-    loss = model(input_ids=ids, labels=labels, use_cache=False).loss
+def one_step(model: MistralForCausalLM, optimizer: torch.optim.AdamW, batch: torch.Tensor, lr: float) -> float:
+    """Loss in nats per learned token of a (2, B, T) batch; padding stands right, out of a causal model's sight."""
+    ids, labels = batch
+    hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]  # (B, T-1, D)
+    learned = labels[:, 1:] != -100
+    loss = torch.nn.functional.cross_entropy(model.lm_head(hidden[learned]), labels[:, 1:][learned])
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for group in optimizer.param_groups:
@@ -234,15 +243,15 @@ def train(model: MistralForCausalLM, tokenizer: PreTrainedTokenizerFast, setting
     while progress.step < settings.steps:
         if not batches or progress.step % BLOCK_STEPS == 0:
             batches = draw_block(tokenizer, settings.seed, progress.step // BLOCK_STEPS)
-        ids = batches[progress.step % BLOCK_STEPS]
-        loss = one_step(model, optimizer, ids, rate(progress.step, settings))
+        batch = batches[progress.step % BLOCK_STEPS]
+        loss = one_step(model, optimizer, batch, rate(progress.step, settings))
         now = time.monotonic()
         progress.step += 1
-        progress.tokens += int((ids != tokenizer.pad_token_id).sum())
+        progress.tokens += int((batch[0] != tokenizer.pad_token_id).sum())
         progress.seconds, last = progress.seconds + now - last, now
         if progress.step % 50 == 0:
             print(f"{progress.step} loss {loss:.3f} tokens {progress.tokens} s {progress.seconds:.0f}", flush=True)
-        if progress.step % 500 == 0:
+        if progress.step % settings.save_every == 0 or progress.step == settings.steps:
             _save_state(state, model, optimizer, progress)
     return progress
 
@@ -356,12 +365,13 @@ def make(settings: Settings) -> dict[str, Any]:
     """The whole making. The unfinished state lies in `settings.out/state.pt` and goes when the base is written."""
     torch.set_num_threads(settings.threads)
     settings.out.mkdir(parents=True, exist_ok=True)
-    rng = Random(settings.seed)
-    make_tokenizer(draw_document(rng) for _ in range(30_000)).save_pretrained(settings.out)
+    state = settings.out / "state.pt"
+    if not state.exists():
+        rng = Random(settings.seed)
+        make_tokenizer(draw_document(rng)[0] for _ in range(30_000)).save_pretrained(settings.out)
     tokenizer = AutoTokenizer.from_pretrained(settings.out)
-    model, state = make_model(tokenizer, settings.seed), settings.out / "state.pt"
+    model = make_model(tokenizer, settings.seed)
     progress = train(model, tokenizer, settings, state)
-    _save_state(state, model, make_optimizer(model), progress)
     model.to(torch.bfloat16).save_pretrained(settings.out)
     # What is measured is what was written: the weights as rounded for the file.
     model = MistralForCausalLM.from_pretrained(settings.out, dtype=torch.float32)
