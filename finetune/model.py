@@ -196,7 +196,7 @@ def attach(model: Any, shape: LoraShape, seed: int) -> Any:
     torch.manual_seed(seed)
     adapted = get_peft_model(model, config)
     assert_fp32_adapter(adapted)
-    return adapted
+    return adapted.train()  # every module alike, so that a look that restores the mode changes nothing
 
 
 def _refuse_unknown_targets(model: nn.Module, targets: Iterable[str]) -> None:
@@ -231,7 +231,7 @@ def assert_fp32_residual(model: Any) -> None:
     hooks = [layer.register_forward_hook(record) for layer in decoder_layers(model)]
     device = next(model.parameters()).device
     try:
-        with torch.no_grad(), working_precision(device):
+        with frozen_random_state(), torch.no_grad(), working_precision(device):
             model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=device), use_cache=False)
     finally:
         for hook in hooks:

@@ -1,0 +1,249 @@
+"""A night is never lost, and a killed one ends like one that was left alone."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from finetune import night, orders, runs
+from finetune.errors import UserError
+from finetune.runs import RunFolder
+from finetune.screen import Screen
+
+HARD: dict[str, Any] = {
+    "lora": {"rank": 32, "alpha": 32, "dropout": 0.1},
+    "optimizer": {"name": "adamw_8bit", "learning_rate": 1e-3},
+    "regularise": {"stochastic_depth": 0.2},
+    "machine": {"micro_batch": 1},
+    "watch": {"every": 1, "prompts": ["Do you like the moon?"]},
+}
+
+
+def run(recipe: Path, folder: Path, **order: Any) -> night.Outcome:
+    task = orders.read(orders.Order(str(recipe), out=folder, **order))
+    return night.run(task, Screen(Console(file=io.StringIO())), save_every=1e9)
+
+
+def again(folder: Path, **order: Any) -> night.Outcome:
+    task = orders.read(orders.Order(str(folder), **order))
+    return night.run(task, Screen(Console(file=io.StringIO())), save_every=1e9)
+
+
+def rows(folder: Path, kind: str) -> list[dict[str, Any]]:
+    """Without what a clock or the machine's memory says."""
+    found = [row for row in runs.read_lines(RunFolder(folder).metrics) if row["kind"] == kind]
+    return [{key: value for key, value in row.items() if key not in ("seconds", "gib")} for row in found]
+
+
+def same(one: Any, other: Any) -> bool:
+    """Equal to the last bit, whatever is nested in it."""
+    if torch.is_tensor(one):
+        return bool(one.dtype == other.dtype and torch.equal(one, other))
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return bool(one == other)
+
+
+def assert_same_end(one: Path, other: Path) -> None:
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (one / "adapter" / name).read_bytes() == (other / "adapter" / name).read_bytes()
+    last = [RunFolder(folder).newest_valid(full=True) for folder in (one, other)]
+    assert last[0].step == last[1].step
+    weights, states = (
+        [load_file(c.folder / "adapter_model.safetensors") for c in last],
+        [torch.load(c.folder / "optimizer.pt", weights_only=False) for c in last],
+    )
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    assert same(states[0], states[1])
+    assert rows(one, "step") == rows(other, "step")
+    assert rows(one, "look") == rows(other, "look")
+
+
+@pytest.fixture(scope="module")
+def left_alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("alone")
+    recipe = small.recipe(folder, **HARD)
+    run(recipe, folder / "run")
+    return recipe, folder / "run"
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_run_killed_again_and_again_ends_like_one_left_alone(
+    left_alone: tuple[Path, Path], tmp_path: Path, seed: int
+) -> None:
+    recipe, alone = left_alone
+    driver = [sys.executable, str(Path(__file__).with_name("killed.py")), str(recipe), str(tmp_path / "run"), str(seed)]
+    told = subprocess.run(driver, capture_output=True, text=True, timeout=500, check=False)
+    assert told.returncode == 0, told.stderr[-3000:]
+    assert int(told.stdout) >= 5
+    assert_same_end(alone, tmp_path / "run")
+
+
+def test_a_run_folder_holds_what_the_contract_says(left_alone: tuple[Path, Path]) -> None:
+    recipe, folder = left_alone
+    assert (folder / "source_recipe.yaml").read_bytes() == recipe.read_bytes()
+    split = json.loads((folder / "split.json").read_text())
+    assert set(split) == {"train", "held_out", "twins", "seed"}
+    assert len(split["held_out"]) == 2
+    step = rows(folder, "step")[-1]
+    assert {"kind", "step", "epoch", "lr", "travel", "loss", "grad_norm", "tokens"} <= set(step)
+    assert step["travel"] == pytest.approx(step["step"] * 1e-3)
+    look = rows(folder, "look")[-1]
+    wanted = {"look", "split", "format", "nll", "nll_tstar", "accuracy", "bpb", "moved", "distance"}
+    assert wanted <= set(look)
+    facts = json.loads((folder / "run.json").read_text())
+    assert facts["state"] == "finished"
+    assert facts["chosen"]["step"] in {row["step"] for row in rows(folder, "look")}
+    assert {"versions", "device", "fingerprints", "derived", "looks", "seed"} <= set(facts)
+    answers = runs.read_lines(RunFolder(folder).samples)
+    assert {"Do you like the moon?"} < {row["prompt"] for row in answers}
+
+
+def test_no_held_out_row_is_trained(left_alone: tuple[Path, Path]) -> None:
+    from finetune import plan, recipe
+
+    made = plan.make(recipe.load(left_alone[0]), Path(night.model.POCKET))
+    trained = {item.example for epoch in range(6) for item in made.epochs.order(epoch)}
+    assert trained == set(made.split.train)
+    assert not trained & set(made.split.held_out)
+    held = {made.conversations[name].answer for name in made.split.held_out}
+    decoded = {made.vocabulary.tokenizer.decode(item.ids) for item in made.texts.trained.values()}
+    assert not any(answer in text for answer in held for text in decoded)
+
+
+def test_a_finished_run_started_again_says_its_result(left_alone: tuple[Path, Path]) -> None:
+    recipe, folder = left_alone
+    before = (folder / "metrics.jsonl").read_bytes()
+    assert "Adapter:" in run(recipe, folder).text
+    assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+def test_no_path_of_this_machine_is_in_the_adapter(left_alone: tuple[Path, Path]) -> None:
+    for path in (left_alone[1] / "adapter").iterdir():
+        assert b"/" + str(left_alone[1]).split("/")[1].encode() + b"/" not in path.read_bytes()
+    config = json.loads((left_alone[1] / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "pocket"
+
+
+def test_more_epochs_end_like_a_longer_run(tmp_path: Path) -> None:
+    short, long = small.recipe(tmp_path / "a", epochs=2), small.recipe(tmp_path / "b", epochs=4)
+    run(short, tmp_path / "short")
+    again(tmp_path / "short", more=2)
+    run(long, tmp_path / "long")
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "short/adapter" / name).read_bytes() == (tmp_path / "long/adapter" / name).read_bytes()
+    assert rows(tmp_path / "short", "step") == rows(tmp_path / "long", "step")
+
+
+def test_refit_trains_on_everything_to_the_same_travel(tmp_path: Path) -> None:
+    run(small.recipe(tmp_path), tmp_path / "run")
+    again(tmp_path / "run", refit=True)
+    parent = json.loads((tmp_path / "run/run.json").read_text())["chosen"]
+    split = json.loads((tmp_path / "run-refit/split.json").read_text())
+    assert len(split["train"]) == 8
+    assert split["held_out"] == []
+    assert rows(tmp_path / "run-refit", "step")[-1]["travel"] == pytest.approx(parent["travel"])
+    assert (tmp_path / "run-refit/adapter/adapter_model.safetensors").is_file()
+
+
+def test_a_changed_recipe_is_refused_with_what_changed(tmp_path: Path) -> None:
+    run(small.recipe(tmp_path, epochs=1), tmp_path / "run")
+    other = small.recipe(tmp_path, epochs=1, lora={"rank": 8})
+    with pytest.raises(UserError, match=r"lora\.rank was 4, is 8"):
+        run(other, tmp_path / "run")
+
+
+def test_changed_data_are_refused(tmp_path: Path) -> None:
+    recipe = small.recipe(tmp_path, epochs=2)
+    run(recipe, tmp_path / "run")
+    example = tmp_path / "examples/rain.md"
+    example.write_text(example.read_text().replace("I can play", "I may play"))
+    with pytest.raises(UserError, match="dataset changed"):
+        again(tmp_path / "run", more=1)
+
+
+def test_a_second_process_on_one_run_is_refused(tmp_path: Path) -> None:
+    recipe = small.recipe(tmp_path, epochs=1)
+    with RunFolder(tmp_path / "run").lock(), pytest.raises(UserError, match="is writing this run"):
+        run(recipe, tmp_path / "run")
+
+
+def test_more_and_refit_need_a_finished_run(tmp_path: Path) -> None:
+    recipe = small.recipe(tmp_path)
+    with pytest.raises(UserError, match="go on with a run"):
+        orders.read(orders.Order(str(recipe), more=3))
+
+
+def test_stopping_saves_and_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = small.recipe(tmp_path, **HARD)
+    alone = run(small.recipe(tmp_path / "b", **HARD), tmp_path / "alone")
+    real = night.Vigil.step
+
+    def step_and_ask(self: Any, row: dict[str, Any]) -> None:
+        real(self, row)
+        if row["step"] == 4:
+            night.signal.raise_signal(night.signal.SIGINT)
+
+    monkeypatch.setattr(night.Vigil, "step", step_and_ask)
+    stopped = run(recipe, tmp_path / "run")
+    assert stopped.interrupted
+    assert f"sft train {tmp_path / 'run'}" in stopped.text
+    assert RunFolder(tmp_path / "run").newest_valid(full=True).step == 4
+    monkeypatch.setattr(night.Vigil, "step", real)
+    again(tmp_path / "run")
+    assert_same_end(alone.folder, tmp_path / "run")
+
+
+def test_a_full_disk_keeps_the_last_good_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = small.recipe(tmp_path)
+    real = night.model.save_adapter
+    saved: list[int] = []
+
+    def fill_the_disk(*given: Any) -> None:
+        saved.append(1)
+        if len(saved) > 1:
+            raise OSError(28, "No space left on device")
+        real(*given)
+
+    monkeypatch.setattr("finetune.train.save_adapter", fill_the_disk)
+    with pytest.raises(UserError, match="disk is full"):
+        run(recipe, tmp_path / "run")
+    monkeypatch.setattr("finetune.train.save_adapter", real)
+    assert RunFolder(tmp_path / "run").newest_valid(full=True) is not None
+    assert not again(tmp_path / "run").interrupted
+
+
+def test_a_nan_stops_the_run_and_keeps_the_last_good_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = small.recipe(tmp_path)
+    real = night.Vigil.step
+
+    def poison(self: Any, row: dict[str, Any]) -> None:
+        real(self, row)
+        if row["step"] == 7:
+            with torch.no_grad():
+                next(iter(night.model.adapter_weights(self.model).values())).fill_(float("nan"))
+
+    monkeypatch.setattr(night.Vigil, "step", poison)
+    with pytest.raises(UserError, match="loss is nan"):
+        run(recipe, tmp_path / "run")
+    kept = RunFolder(tmp_path / "run").newest_valid(full=True)
+    assert all(torch.isfinite(w).all() for w in load_file(kept.folder / "adapter_model.safetensors").values())
+
+
+def test_a_dead_adapter_stops_the_run_with_the_reason(tmp_path: Path) -> None:
+    recipe = small.recipe(tmp_path, epochs=30, optimizer={"learning_rate": 1e-12, "eps": 1.0})
+    with pytest.raises(UserError, match=r"adapter is dead: After 50 steps only .* of lora_A has moved.*eps"):
+        run(recipe, tmp_path / "run")
