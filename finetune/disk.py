@@ -235,15 +235,23 @@ def _row(line: bytes) -> dict[str, Any] | None:
 # faults of the disk, and the lock
 
 
-def is_full(error: BaseException | None) -> bool:
+def is_full(error: BaseException | None, path: Path) -> bool:
     """Whether a disk without room is behind an error; writers in Rust and C++ wrap it in types of their own."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
             return True
         if "No space left on device" in str(error) or "os error 28" in str(error):
             return True
+        if "inline_container" in str(error) or "PytorchStreamWriter" in str(error):  # torch.save keeps the reason back
+            return _free(path) < 2**24
         error = error.__cause__ or error.__context__
     return False
+
+
+def _free(path: Path) -> int:
+    """Bytes left on the disk of a path that may not exist yet."""
+    there = next((place for place in (path, *path.absolute().parents) if place.exists()), Path())
+    return shutil.disk_usage(there).free
 
 
 class Taken(OSError):

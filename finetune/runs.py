@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune import disk, seals
-from finetune.errors import refuse
+from finetune.errors import UserError, refuse
 from finetune.machine import environment as environment  # a run records it
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.*")
@@ -131,7 +131,7 @@ class RunFolder:
         """
         final = self.checkpoint_at(step)
         tmp = disk.beside(final, f"tmp-{os.getpid()}")
-        with _explained(self.path, f"The checkpoint of step {step} was not written"), self._aside(tmp):
+        with self._aside(tmp), _explained(self.path, f"The checkpoint of step {step} was not written"):
             yield tmp
             for path in self.line_files:
                 if path.exists():
@@ -146,11 +146,12 @@ class RunFolder:
     @contextmanager
     def _aside(self, tmp: Path) -> Iterator[None]:
         """A folder of our own beside the final one, gone again if anything fails."""
-        if not tmp.parent.exists():
-            tmp.parent.mkdir(parents=True)
-            disk.sync_folder(tmp.parent.parent)
-        disk.remove_tree(tmp)
-        tmp.mkdir()
+        with _explained(tmp.parent, "Nothing was written"):
+            if not tmp.parent.exists():
+                tmp.parent.mkdir(parents=True)
+                disk.sync_folder(tmp.parent.parent)
+            disk.remove_tree(tmp)
+            tmp.mkdir()
         self._open.add(tmp)
         try:
             yield
@@ -249,7 +250,7 @@ class RunFolder:
         if not any(name.startswith("adapter_model.") for name in names):
             raise refuse("holds no adapter.", "Choose another checkpoint.", str(source))
         tmp = disk.beside(self.adapter, f"tmp-{os.getpid()}")
-        with _explained(self.path, "The adapter was not installed"), self._aside(tmp):
+        with self._aside(tmp), _explained(self.path, "The adapter was not installed"):
             for name in names:
                 shutil.copyfile(source / name, tmp / name)
                 if name in listed and seals.measure(tmp / name) != listed[name]:
@@ -349,7 +350,7 @@ def _explained(path: Path, lost: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # writers wrap a full disk in exceptions of their own
-        if not disk.is_full(error):
+        if isinstance(error, UserError) or not disk.is_full(error, path):
             raise
         remedy = "Free some space there, or lower watch.keep.max_gib; then start the same command again: it goes on."
         raise refuse(f"the disk is full. {lost}; what was written before is whole.", remedy, str(path)) from error

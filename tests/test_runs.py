@@ -309,9 +309,11 @@ def test_killed_at_any_write_leaves_a_valid_checkpoint(
 def check_after_kill(dead: RunFolder, what: str, ended: bool) -> None:
     run = RunFolder(dead.path)
     told: list[str] = []
-    before = run.newest_valid(tell=told.append)  # a reader, while nobody has repaired anything
+    before = run.newest_valid()  # a reader, while nobody has repaired anything
+    run.checkpoints(tell=told.append)
     with run.lock():
-        after = run.newest_valid(tell=told.append)
+        after = run.newest_valid()
+        run.checkpoints(tell=told.append)
         left = [path for path in run.path.rglob(".*") if path.name != ".lock"]
         assert left == []
         if what == "first":
@@ -402,6 +404,13 @@ def test_leftovers_of_dead_processes_are_cleaned_at_start(run: RunFolder) -> Non
             run.repair()
             fill(folder, 2)
     assert steps(run) == [(2, True), (1, True)]
+
+
+def test_a_folder_put_away_is_put_back_where_nothing_took_its_place(run: RunFolder) -> None:
+    save(run, 1).rename(run.checkpoint_folder / ".step-0000001.old")
+    with run.lock():
+        assert steps(run) == [(1, True)]
+        assert run.checkpoint_at(1).exists()
 
 
 def test_the_two_newest_keep_optimizer_state(run: RunFolder) -> None:
@@ -566,6 +575,14 @@ def test_a_full_disk_is_known_behind_a_librarys_own_error(run: RunFolder, error:
     with pytest.raises(UserError, match="disk is full"), run.new_checkpoint(1):
         raise RuntimeError("could not save") from error
     assert run.checkpoints() == []
+
+
+def test_torch_keeps_the_reason_back_so_the_disk_is_asked(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    error = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534")
+    for free, expected in ((2**20, UserError), (2**40, RuntimeError)):
+        monkeypatch.setattr(disk, "_free", lambda path, free=free: free)
+        with pytest.raises(expected), run.new_checkpoint(1):
+            raise error
 
 
 def test_other_errors_stay_what_they_are(run: RunFolder) -> None:
