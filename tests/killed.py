@@ -1,6 +1,6 @@
 """Run a recipe again and again, killed in between, until it is done. Started as a program of its own.
 
-`python killed.py RECIPE RUN SEED` imports everything once, then forks one child per attempt. Each child is killed: by the
+`python killed.py RECIPE RUN SEED` imports everything once, then forks a child per attempt. Each is killed: by the
 parent after a random time, or by itself at a random file operation (around a rename, after so many bytes).
 Prints how many kills it took.
 """
