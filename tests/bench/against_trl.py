@@ -1,4 +1,4 @@
-"""`sft train` beside `trl sft` in one run: same base, rows, supervised tokens, dtype, threads and epochs, on this machine.
+"""`sft train` beside `trl sft` in one run: same base, rows, supervised tokens, dtype, threads, epochs and machine.
 
     .venv/bin/python tests/bench/against_trl.py [ROUNDS]
 
