@@ -21,6 +21,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dic
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.utils import logging as talk
 
 from finetune.errors import refuse
 
@@ -104,6 +105,7 @@ def working_precision(device: torch.device) -> AbstractContextManager[Any]:
 def load_base(folder: Path, quantization: str, device: torch.device) -> Any:
     """A frozen causal LM in eval mode on `device`: nf4 (double quantised), int8 or none. Errors: UserError."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    talk.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder,

@@ -77,7 +77,7 @@ class Screen:
 
     def open(self, head: Headline) -> None:
         """Begin to show a run."""
-        self._head, self._began = head, time.monotonic()
+        self._head, self._began, self._state.note = head, time.monotonic(), ""
         if self._console.is_terminal:
             self._live = Live(self._draw(), console=self._console, refresh_per_second=2, transient=False)
             self._live.start()
