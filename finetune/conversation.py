@@ -1,4 +1,4 @@
-"""What one example is: turns, parts, and the place each was written. Frozen; knows no file format and no prompt format."""
+"""What one example is: turns, parts, and where each was written. Frozen; knows no file format, no prompt format."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Turn:
-    """One message. `text` is what is trained or shown, part headings already rendered; `parts` is how it was written."""
+    """One message. `text` is what is trained or shown, part headings rendered; `parts` is how it was written."""
 
     role: Role
     text: str
