@@ -14,8 +14,9 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in ROO
 # of their rooms stands on another.
 FLOORS = (
     "errors conversation overlap format fields draw disk machine seals",
-    "yamlfile markdown rows masks template",
-    "places",
+    "yamlfile markdown rows masks template filling",
+    "places shelf",
+    "grammar",
     "recipe corpus lint prompts estimate runs curve starters world batches",
     "plan model prefix orders",
     "train speak pocket looks",
