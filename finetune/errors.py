@@ -14,12 +14,16 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing to fix. `line` counts from 1; None where the whole file, or no file, is meant."""
+    """One thing to fix. `line` counts from 1; None where the whole file, or no file, is meant.
+
+    `key`: the setting to blame, such as `("formats", "train", 1)`, for rooms that do not know where it was written.
+    """
 
     what: str
     remedy: str
     file: Path | str | None = None
     line: int | None = None
+    key: tuple[str | int, ...] = ()
 
     def __str__(self) -> str:
         place = "" if self.file is None else f"{self.file}:{self.line}  " if self.line else f"{self.file}  "
@@ -34,6 +38,12 @@ class UserError(Exception):
         super().__init__("\n".join(map(str, self.problems)))
 
 
-def refuse(what: str, remedy: str, file: Path | str | None = None, line: int | None = None) -> UserError:
+def refuse(
+    what: str,
+    remedy: str,
+    file: Path | str | None = None,
+    line: int | None = None,
+    key: tuple[str | int, ...] = (),
+) -> UserError:
     """A UserError of one problem, to be raised by the caller."""
-    return UserError(Problem(what, remedy, file, line))
+    return UserError(Problem(what, remedy, file, line, key))

@@ -10,7 +10,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -262,27 +262,52 @@ def _clashes(recipe: Recipe) -> Iterator[Clash]:
         yield Clash(("machine.micro_batch", "batch_size"), what, f"Write {fits} or auto.")
 
 
+@dataclass(frozen=True)
+class Draft:
+    """A file as far as it holds: settings in `left_out` were wrong or missing, and stand at some value that is not."""
+
+    recipe: Recipe
+    problems: list[Problem]
+    left_out: frozenset[str]
+
+    def sound(self) -> Recipe:
+        """The recipe, if nothing is wrong with it."""
+        if self.problems:
+            raise UserError(self.problems)
+        return self.recipe
+
+
 SHAPE = fields.Shape(Recipe)
+_APART: dict[str, Any] = {"held_out": (), "warmup_steps": 0, "micro_batch": "auto"}  # at these nothing clashes
 _FREE = ("watch", "hub", "report_to", "machine")  # going on with a run may change these
 _LATER = ("data.intended", "formats.sampled", "regularise.self_replay", "report_to", "hub.repo")
 
 
 def load(path: Path | str, sets: Sequence[str] = ()) -> Recipe:
     """The recipe in a file after `--set key=value`; its paths are absolute. UserError with every fault at once."""
+    return read(path, sets).sound()
+
+
+def read(path: Path | str, sets: Sequence[str] = ()) -> Draft:
+    """As `load`, for whoever goes on to tell what else is wrong. UserError only where the file holds no settings."""
     draft = yamlfile.read(Path(path), sets)
     places.settle(draft, SHAPE.leaves)
-    return _validated(draft)
+    return _judged(draft)
 
 
 def load_resolved(path: Path | str) -> Recipe:
     """A run's own recipe.yaml, as `resolved_yaml` wrote it: what it points to may be gone by now."""
-    return _validated(yamlfile.read(Path(path)))
+    return _judged(yamlfile.read(Path(path))).sound()
 
 
-def where(path: Path | str, key: Key, sets: Sequence[str] = ()) -> tuple[Path | str, int | None]:
-    """File and line of a key path such as `("formats", "train", 1)`, for rooms that refuse what only they can judge."""
-    origin = yamlfile.read(Path(path), sets).origin(key)
-    return origin.file, origin.line
+def placed(problems: Sequence[Problem], path: Path | str, sets: Sequence[str] = ()) -> list[Problem]:
+    """The same problems; where one blames a key and names no file, with the file and line that key was written at."""
+    document = yamlfile.read(Path(path), sets) if any(one.key and one.file is None for one in problems) else None
+    found = []
+    for one in problems:
+        at_key = document.origin(one.key) if document and one.key and one.file is None else None
+        found.append(replace(one, file=at_key.file, line=at_key.line) if at_key else one)
+    return found
 
 
 def resolved_yaml(recipe: Recipe) -> str:
@@ -307,9 +332,9 @@ def unsupported(recipe: Recipe) -> list[Problem]:
     """Settings that are valid, and that this version would silently ignore."""
     default, now = _values(Recipe(base=recipe.base, data=Data(train=recipe.data.train))), _values(recipe)
     return [
-        Problem(f"{key} is {fields.shown(now[key])}: this version cannot do that yet.", f"Leave out {key}.")
+        Problem(f"{key} is {shown}: this version cannot do that yet.", f"Leave out {key}.", key=tuple(key.split(".")))
         for key in _LATER
-        if now[key] != default[key]
+        if now[key] != default[key] and (shown := fields.shown(now[key]))
     ]
 
 
@@ -333,18 +358,18 @@ def _may_change(key: str, recipe: Recipe) -> bool:
     return key.partition(".")[0] in _FREE or (key == "epochs" and constant)
 
 
-def _validated(draft: Document) -> Recipe:
-    recipe = None
+def _judged(draft: Document) -> Draft:
+    left_out: set[str] = set()
     try:
         recipe = Recipe.model_validate(draft.data)
     except ValidationError as error:
         for path, fault in _faults(error).items():
             draft.refuse(path, *SHAPE.fault(fault, at(draft.data, path)))
-        for clash in _clashes_among(draft.data, error):
+        recipe, clashes = _rest(draft.data, error, left_out)
+        for clash in clashes:
             draft.refuse(tuple(clash.keys[0].split(".")), clash.what, clash.remedy)
-    if recipe is None or draft.problems:
-        raise UserError(sorted(draft.problems, key=lambda one: (one.line is None, one.line or 0)))
-    return recipe
+    problems = sorted(draft.problems, key=lambda one: (one.line is None, one.line or 0))
+    return Draft(recipe, problems, frozenset(left_out))
 
 
 def _faults(error: ValidationError) -> dict[Key, ErrorDetails]:
@@ -353,23 +378,23 @@ def _faults(error: ValidationError) -> dict[Key, ErrorDetails]:
     return {SHAPE.path(fault["loc"]): fault for fault in faults}
 
 
-def _clashes_among(data: dict[str, Any], error: ValidationError) -> Iterator[Clash]:
-    """Clashes of settings that are valid alone: pydantic looks for them once all are, so leave the wrong ones out."""
-    rest, left_out = copy.deepcopy(data), set()
-    while wrong := _faults(error):
-        for path, fault in wrong.items():
+def _rest(data: dict[str, Any], error: ValidationError, left_out: set[str]) -> tuple[Recipe, list[Clash]]:
+    """What is valid alone, wrong settings left out, and what clashes in it: pydantic looks for that once all is."""
+    rest, clashes = copy.deepcopy(data), []
+    while True:
+        for path, fault in _faults(error).items():
             left_out.add(fields.dotted(path).partition("[")[0])
             names = [part for part in path if isinstance(part, str)]  # one wrong name spoils its list,
             names = names[:-1] if fault["type"] == "missing" else names  # one missing setting its section
             if names and (section := at(rest, names[:-1])):
                 section.pop(names[-1], None)
+        for clash in [one for fault in error.errors() if fault["type"] == "clash" for one in fault["ctx"]["found"]]:
+            clashes += [] if left_out.intersection(clash.keys) else [clash]
+            section, _, name = clash.keys[0].rpartition(".")
+            at(rest, section.split(".") if section else ())[name] = _APART[name]
         rest = {"base": "pocket"} | rest
         rest["data"] = {"train": "."} | rest.get("data", {})
         try:
-            Recipe.model_validate(rest)
-            return
+            return Recipe.model_validate(rest), clashes
         except ValidationError as again:
             error = again
-    for clash in error.errors()[0]["ctx"]["found"]:
-        if not left_out.intersection(clash.keys):
-            yield clash

@@ -11,7 +11,7 @@ from hypothesis import settings as effort
 from hypothesis import strategies as st
 
 from finetune import recipe, yamlfile
-from finetune.errors import UserError
+from finetune.errors import Problem, UserError
 from finetune.recipe import Recipe, changed, fingerprint, load, load_resolved, resolved_yaml, settings, unsupported
 
 ROOT = Path(__file__).parent.parent
@@ -427,11 +427,24 @@ def test_the_schema_for_editors_knows_every_setting() -> None:
         assert json.dumps(one.meaning) in schema
 
 
-def test_where_finds_the_line_of_an_item(folder: Path) -> None:
+def test_a_blamed_key_is_placed_where_it_was_written(folder: Path) -> None:
     (folder / "x.yaml").write_text(SHORT + "formats:\n  train:\n    - chatml\n    - alpcaa\n")
-    assert recipe.where("x.yaml", ("formats", "train", 1)) == (Path("x.yaml"), 7)
-    assert recipe.where("x.yaml", ("formats", "held_out")) == (Path("x.yaml"), 4)
-    assert recipe.where("x.yaml", ("seed",), ["seed=3"]) == ("--set seed=3", None)
+    keys = [("formats", "train", 1), ("formats", "held_out"), ("seed",)]
+    told = recipe.placed([Problem("x", "y", key=key) for key in keys], "x.yaml", ["seed=3"])
+    assert [(one.file, one.line) for one in told] == [(Path("x.yaml"), 7), (Path("x.yaml"), 4), ("--set seed=3", None)]
+    elsewhere = Problem("x", "y", "data.md", 3, key=("seed",))
+    assert recipe.placed([elsewhere, Problem("x", "y")], "x.yaml") == [elsewhere, Problem("x", "y")]
+
+
+def test_what_holds_of_a_broken_recipe_is_still_read(folder: Path) -> None:
+    text = SHORT + "epochs: 0\nlora: {rank: x, alpha: 4}\nformats: {train: [alpaca], held_out: [alpaca]}\n"
+    (folder / "x.yaml").write_text(text)
+    draft = recipe.read("x.yaml")
+    assert len(draft.problems) == 3
+    assert draft.left_out == {"epochs", "lora.rank"}
+    assert (draft.recipe.lora.alpha, draft.recipe.formats.train, draft.recipe.formats.held_out) == (4, ("alpaca",), ())
+    (folder / "x.yaml").write_text("epochs: 0\n")
+    assert recipe.read("x.yaml").left_out == {"base", "data", "epochs"}
 
 
 # --- whatever a file holds

@@ -1,0 +1,162 @@
+"""How many weights, how many GiB: arithmetic over a base's shape, line by line, each line with its reason.
+
+An estimate from published sizes, never a measurement; it asks no machine, opens no file and knows no recipe. Bytes are
+counted for a GPU in bf16; GiB is 2^30 bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+GIB = 2**30
+# nf4, double quantised [Dettmers et al. 2023]: 4 bits, one byte for 64 weights, one fp32 for 256 of those bytes
+BYTES_A_WEIGHT = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0, "none": 2.0}
+_OPTIMIZER = {"adamw": 8.0, "adamw_8bit": 2.0, "paged_adamw_8bit": 2.0}  # bytes a trained weight: two moments
+_TILE = (4096, 32768)  # tokens and vocabulary of the head's tile: trl 1.16, kernels/chunked_logprob.py
+_CONTEXT = 0.6  # GiB of a CUDA context, its libraries' workspaces and loose blocks: a guess
+MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A decoder of Llama's kind. `head`: width of one attention head; `tied`: the head shares the embedding table."""
+
+    hidden: int
+    inner: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head: int
+    vocabulary: int
+    tied: bool = False
+
+    @property
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        """(in, out) of every matrix of a layer."""
+        q, kv = self.heads * self.head, self.kv_heads * self.head
+        sizes = [(self.hidden, q), (self.hidden, kv), (self.hidden, kv), (q, self.hidden)]
+        return dict(zip(MATRICES, [*sizes, *[(self.hidden, self.inner)] * 2, (self.inner, self.hidden)], strict=True))
+
+    @property
+    def in_layers(self) -> int:
+        """Weights of all matrices of all layers: what is quantised."""
+        return self.layers * sum(a * b for a, b in self.matrices.values())
+
+    @property
+    def outside(self) -> int:
+        """Weights of the embedding table and the head: what is not."""
+        return self.vocabulary * self.hidden * (1 if self.tied else 2)
+
+    @property
+    def weights(self) -> int:
+        """All of them, norms included."""
+        return self.in_layers + self.outside + (2 * self.layers + 1) * self.hidden
+
+
+# of their config.json; instruct and chat models of the same name have the same shape
+WELL_KNOWN = {
+    "mistral-7b-v0.1": Shape(4096, 14336, 32, 32, 8, 128, 32000),
+    "llama-2-7b": Shape(4096, 11008, 32, 32, 32, 128, 32000),
+    "meta-llama-3-8b": Shape(4096, 14336, 32, 32, 8, 128, 128256),
+    "qwen2.5-7b": Shape(3584, 18944, 28, 28, 4, 128, 152064),
+}
+
+
+def well_known(hub_id: str) -> Shape | None:
+    """The shape behind a Hub id, from a small table; None for all others."""
+    name = hub_id.rpartition("/")[2].lower()
+    for variant in ("-instruct", "-chat", "-hf"):
+        name = name.replace(variant, "")
+    return WELL_KNOWN.get(name)
+
+
+def adapter_weights(shape: Shape, rank: int, targets: Sequence[str], layers: int) -> int:
+    """Weights of a LoRA adapter on `layers` layers: rank x (in + out) a matrix."""
+    return layers * sum(rank * sum(shape.matrices[name]) for name in targets)
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a training puts on a GPU. `tokens`: of the largest micro-batch, padding included."""
+
+    shape: Shape
+    quantization: str
+    adapter: int
+    layers: int
+    optimizer: str
+    tokens: int
+    checkpointing: bool
+
+
+@dataclass(frozen=True)
+class Line:
+    """One entry of the bill."""
+
+    name: str
+    gib: float
+    reason: str
+
+
+def bill(load: Load) -> list[Line]:
+    """GiB line by line."""
+    return [Line(name, size / GIB, reason) for name, size, reason in _bytes(load)]
+
+
+def _bytes(load: Load) -> Iterator[tuple[str, float, str]]:
+    shape, a_weight = load.shape, BYTES_A_WEIGHT[load.quantization]
+    exact = "4 bits and 0.127 of double quantised scales" if load.quantization == "nf4" else f"{8 * a_weight:g} bits"
+    yield "base", shape.in_layers * a_weight, f"{short(shape.in_layers)} weights in layers, {exact} each"
+    table = "one table for both" if shape.tied else "a table each"
+    yield "embeddings, head", 2.0 * shape.outside, f"{short(shape.outside)} weights, {table}, bf16"
+    yield "adapter", 4.0 * load.adapter, f"{short(load.adapter)} weights, fp32"
+    yield "gradients", 4.0 * load.adapter, "as many, fp32"
+    state = _OPTIMIZER[load.optimizer]
+    yield "optimizer", state * load.adapter, f"{load.optimizer}: {state:g} bytes a trained weight"
+    how = "one layer at a time, its input kept" if load.checkpointing else "of all layers"
+    yield "activations", activations(load), f"{load.tokens:,} tokens a micro-batch, {how}"
+    largest = max(a * b for a, b in shape.matrices.values())
+    if load.quantization != "none":
+        yield "one matrix in bf16", 2.0 * largest, f"the largest has {short(largest)} weights, unpacked when used"
+    tile = min(load.tokens, _TILE[0]), min(shape.vocabulary, _TILE[1])
+    yield "logits", 4.0 * tile[0] * tile[1], f"a tile of {tile[0]:,} tokens x {tile[1]:,}, there and back"
+    yield "CUDA", _CONTEXT * GIB, "context, workspaces, loose blocks: a guess"
+
+
+def activations(load: Load) -> float:
+    """Bytes kept for the backward pass; with checkpointing, each layer's fp32 input and one layer in full."""
+    full = load.tokens * _a_layer(load.shape)
+    if load.checkpointing:
+        return load.tokens * 4.0 * load.shape.hidden * load.layers + full
+    return load.layers * full
+
+
+def _a_layer(shape: Shape) -> float:
+    """Bytes a token and layer: fp32 residual and norms, bf16 inputs of seven LoRA matrices, sdpa, a gated MLP."""
+    q, kv = shape.heads * shape.head, shape.kv_heads * shape.head
+    norms, inputs = 16 * shape.hidden, 2 * (5 * shape.hidden + q)
+    attention, gated = 2 * (2 * q + 2 * kv), 8 * shape.inner
+    return norms + inputs + attention + gated
+
+
+def guessed_checkpointing(shape: Shape, tokens: int, free_gib: float) -> bool:
+    """What `auto` is likely to choose with so much memory free: the rule of `model.needs_checkpointing`."""
+    return 68 * shape.hidden * shape.layers * tokens > free_gib * GIB / 2
+
+
+def training_flops(shape: Shape, tokens: int, checkpointing: bool) -> float:
+    """Of a frozen base: 2 a weight and token forward, 2 backward, 2 more where the forward is done again."""
+    return (6.0 if checkpointing else 4.0) * (shape.in_layers + shape.outside) * tokens
+
+
+def short(count: float) -> str:
+    """A large number in three digits: `7.24 B`, `41.9 M`, `812`."""
+    for size, sign in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e4, " k")):
+        if count >= size:
+            return f"{count / (size if size > 1e4 else 1e3):.3g}{sign}"
+    return f"{count:,.0f}"
+
+
+def gib(amount: float) -> str:
+    """`4.02 GiB`, or `12.3 MiB` where that is nothing."""
+    return f"{amount:.2f} GiB" if amount >= 0.1 else f"{amount * 1024:.1f} MiB"
