@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.utils import logging as talk
 
@@ -123,6 +123,7 @@ def load_base(folder: Path, quantization: str, device: torch.device) -> Any:
     model.eval()
     _keep_nf4_layout(model)
     _residual_in_fp32(model)
+    _prove_logits(model)
     return model
 
 
@@ -151,6 +152,30 @@ def _residual_in_fp32(model: Any) -> None:
         if type(module).__name__.endswith(("RMSNorm", "LayerNorm")):
             module.float()
     model.get_input_embeddings().register_forward_hook(lambda _module, _given, hidden: hidden.float())
+
+
+def bare(model: Any) -> Any:
+    """The causal language model itself, without PEFT's wrapper; an adapter's layers stay inside it."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def logits_of(plain: Any, hidden: Tensor) -> Tensor:
+    """Last hidden states (n, hidden) to fp32 logits (n, vocabulary), as the model's own forward makes them."""
+    logits: Tensor = plain.get_output_embeddings()(hidden).float()
+    cap = getattr(plain.config.get_text_config(), "final_logit_softcapping", None)  # Gemma 2 and later
+    return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def _prove_logits(model: Any) -> None:
+    """Only positions in the loss go through the head, so the head must be ours to call. Errors: UserError."""
+    device = next(model.parameters()).device
+    ids = torch.arange(8, device=device)[None] % model.config.get_text_config().vocab_size
+    with torch.no_grad(), working_precision(device):
+        whole = model(input_ids=ids, use_cache=False).logits[0].float()
+        ours = logits_of(model, model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0])
+    if not torch.allclose(whole, ours, rtol=2e-2, atol=2e-2):
+        what = f"base: {type(model).__name__} scales its logits in a way that is not known here."
+        raise refuse(what, "Use a Llama, Mistral, Qwen or Gemma shaped base.")
 
 
 def decoder_layers(model: Any) -> nn.ModuleList:

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from finetune.model import frozen_random_state, working_precision
+from finetune.model import bare, frozen_random_state, logits_of, working_precision
 
 _HEAD_TOKENS = 512  # positions sent through the head at once: bounds the fp32 logits to 512 x vocabulary
 
@@ -72,7 +72,7 @@ class Speaker:
         self, ids: Sequence[Sequence[int]], masks: Sequence[Sequence[bool]], temperatures: Sequence[float]
     ) -> Iterator[Scored]:
         inputs, attention = _pad(ids, left=False, device=self._device)
-        plain = self._model.get_base_model() if hasattr(self._model, "get_base_model") else self._model
+        plain = bare(self._model)
         hidden = plain.get_decoder()(input_ids=inputs, attention_mask=attention, use_cache=False).last_hidden_state
         for row, (tokens, mask) in enumerate(zip(ids, masks, strict=True)):
             at = torch.tensor([t for t in range(1, len(tokens)) if mask[t]], device=self._device)
@@ -82,7 +82,7 @@ class Speaker:
         log_p, hits, sums = [], [], torch.zeros(len(temperatures), dtype=torch.float64)
         for start in range(0, len(targets), _HEAD_TOKENS):
             wanted = targets[start : start + _HEAD_TOKENS]
-            logits = _logits(plain, hidden[start : start + _HEAD_TOKENS])
+            logits = logits_of(plain, hidden[start : start + _HEAD_TOKENS])
             log_p.append(_log_p(logits, wanted))
             hits.append(logits.argmax(-1) == wanted)
             for k, temperature in enumerate(temperatures):
@@ -169,14 +169,6 @@ class _Stops(StoppingCriteria):  # type: ignore[misc]  # transformers is untyped
         tails = [row[self._start :][-self._tail :].tolist() for row in input_ids]
         texts = [self._tokenizer.decode(tail, skip_special_tokens=False) for tail in tails]
         return torch.tensor([any(stop in text for stop in self._stops) for text in texts], device=input_ids.device)
-
-
-def _logits(plain: Any, hidden: Tensor) -> Tensor:
-    """(n, hidden) to fp32 logits (n, vocabulary), as the model's own forward makes them."""
-    logits: Tensor = plain.get_output_embeddings()(hidden).float()
-    config = plain.config.get_text_config()
-    cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2 and later
-    return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
 def _log_p(logits: Tensor, wanted: Tensor) -> Tensor:

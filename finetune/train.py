@@ -21,7 +21,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.checkpoint import checkpoint as recompute
 from transformers import AutoTokenizer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -33,16 +35,20 @@ from finetune.model import (
     adapter_weights,
     assert_fp32_adapter,
     assert_fp32_residual,
+    bare,
     decoder_layers,
     gib_in_use,
     gradient_over_eps,
+    logits_of,
     read_weights,
     save_adapter,
+    working_precision,
 )
 from finetune.recipe import Optimizer
 
 _OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_8bit", "paged_adamw_8bit": "paged_adamw_8bit"}
 PROGRESS = "progress.json"
+_HEAD_TOKENS = 2048  # supervised positions whose logits are held at once
 
 
 @dataclass
@@ -128,6 +134,8 @@ class _Pulse(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
 class NightTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped
     """SFTTrainer with our rows, our learning rates, our checkpoints, and an adapter that stays fp32."""
 
+    loss_is_scaled_for_ga = True  # `compute_loss` divides by the tokens of the whole global batch
+
     def __init__(self, model: Any, tokenizer: Any, job: Job, watcher: Watcher) -> None:
         self._job, self._watcher = job, watcher
         self.progress = Progress()
@@ -167,6 +175,18 @@ class NightTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped
         """Counts tokens on the way."""
         self._pulse.tokens += int(inputs["attention_mask"].sum())
         return super().training_step(model, inputs, *more, **named)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
+        """Only supervised positions reach the head, on every device; TRL's own does so on Triton devices only."""
+        labels = inputs.pop("labels")[:, 1:]
+        plain, wanted = bare(self.model), labels != -100
+        with working_precision(labels.device):
+            hidden = plain.get_decoder()(**inputs, use_cache=False).last_hidden_state[:, :-1][wanted]
+            total = summed_nll(plain, hidden, labels[wanted])
+        loss: Tensor = total / (wanted.sum() if num_items_in_batch is None else num_items_in_batch)
+        return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """One row a step to the watcher; nothing stays in the trainer's state, which every checkpoint would repeat."""
@@ -224,6 +244,18 @@ class NightTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped
         folder = Path(resume_from_checkpoint)
         read_weights(self.model, folder)
         self.progress = Progress(**json.loads((folder / PROGRESS).read_text()))
+
+
+def summed_nll(plain: Any, hidden: Tensor, labels: Tensor) -> Tensor:
+    """Sum of -log p of labels (n,) given hidden states (n, hidden); beyond one chunk, logits are recomputed."""
+
+    def chunk(states: Tensor, wanted: Tensor) -> Tensor:
+        return cross_entropy(logits_of(plain, states), wanted, reduction="sum")
+
+    if len(labels) <= _HEAD_TOKENS:
+        return chunk(hidden, labels)
+    pairs = zip(torch.split(hidden, _HEAD_TOKENS), torch.split(labels, _HEAD_TOKENS), strict=True)
+    return torch.stack([recompute(chunk, *pair, use_reentrant=False) for pair in pairs]).sum()
 
 
 def _arguments(job: Job) -> Any:
