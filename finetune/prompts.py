@@ -13,7 +13,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
-from finetune import yamlfile
+from finetune import grammar, yamlfile
 from finetune.conversation import Conversation, Origin, Turn
 from finetune.errors import Problem, UserError, refuse
 from finetune.filling import PROBE as PROBE
@@ -37,6 +37,7 @@ NATIVE = Format("native", "native", "", "", "", "", "", source=("the base's own 
 def load(names: Sequence[str], folder: Path = Path()) -> tuple[Format, ...]:
     """Formats by name, alias, `native`, or path to a file of the same shape (relative to `folder`).
 
+    `sampled:1f3a9c` is drawn from the grammar; a slip may follow any other name or path, as in `chatml~blank-line`.
     UserError with every fault of every name and file at once.
     """
     found: list[Format] = []
@@ -52,6 +53,11 @@ def load(names: Sequence[str], folder: Path = Path()) -> tuple[Format, ...]:
 
 
 def _one(name: str, folder: Path) -> Format:
+    whole, _, slip = name.rpartition("~")
+    if slip in grammar.SLIPS and whole:
+        return _slipped(_one(whole, folder), slip)
+    if name.startswith(grammar.PREFIX):
+        return grammar.named(name)
     if name == NATIVE.name:
         return NATIVE
     if name.endswith((".yaml", ".yml")):
@@ -64,6 +70,12 @@ def _one(name: str, folder: Path) -> Format:
     near = [known[key] for key in get_close_matches(name.casefold(), known, 1, 0.5)]
     remedy = f"Did you mean {near[0]}?" if near else "`sft ls formats` lists all; a path ends in .yaml."
     raise refuse(f"{name} is not a prompt format.", remedy)
+
+
+def _slipped(fmt: Format, slip: str) -> Format:
+    if (found := grammar.slipped(fmt, slip)) is None:
+        raise refuse(f"{fmt.name} has nothing that {slip} could change.", f"Name {fmt.name} itself.")
+    return found
 
 
 def _of_user(path: Path) -> Format:
@@ -128,6 +140,15 @@ def prove(fmt: Format, vocabulary: Vocabulary) -> list[Problem]:
     if vocabulary.bos_id is not None and tokens.ids[:2] == (vocabulary.bos_id,) * 2:
         problems.append(Problem(f"{what}: two BOS begin the text.", "Take the BOS out of the format's first prefix."))
     return problems
+
+
+def remarks(fmt: Format) -> list[str]:
+    """What a careful reader would say of a format that is no fault of ours: its source has it so."""
+    ending = (fmt.user_suffix + fmt.generation_prompt)[-1:]
+    if ending != " " or fmt.name == NATIVE.name:
+        return []
+    what = f"format {fmt.name}: the prompt ends in a space, which most tokenizers join to the answer's first word"
+    return [f"{what}; a client that trims its prompts sends other tokens than were trained."]
 
 
 def clashes(
