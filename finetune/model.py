@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -74,6 +75,13 @@ def fingerprint(folder: Path) -> str:
 def pick_device() -> torch.device:
     """CUDA where there is one, else CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def device_remark() -> str | None:
+    """A word where the machine has an NVIDIA card that this torch cannot use, as PyPI's build for Windows cannot."""
+    if torch.cuda.is_available() or shutil.which("nvidia-smi") is None:
+        return None
+    return "There is an NVIDIA card, but this torch cannot use it: install the CUDA build of torch to train on it."
 
 
 def describe(device: torch.device) -> dict[str, Any]:

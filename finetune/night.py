@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import signal
 import tempfile
 import traceback
@@ -46,6 +47,8 @@ class Outcome:
 
 def run(task: Task, screen: Screen, save_every: float | None = None) -> Outcome:
     """Carry out a task. Errors: UserError with every problem; an interruption is an outcome, not an error."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise refuse("sft trains in one process.", "Start it without torchrun or accelerate launch.")
     with task.run.lock(), _library_talk_into(task.run.log):
         if task.is_finished():
             return _outcome(task)
@@ -72,6 +75,8 @@ def _spend(task: Task, screen: Screen, save_every: float | None) -> Outcome:
     base = model.find_base(task.recipe.base, task.recipe.revision)
     made = _plan(task, base.folder)
     looks = _begin(task, made, base.folder)
+    if remark := model.device_remark():
+        screen.say(remark)
     screen.say(f"Loading {base.name} ({task.recipe.quantization}).")
     loaded = _load(task, base)
     speaker = Speaker(loaded.model, made.vocabulary.tokenizer, made.vocabulary.eos_id)

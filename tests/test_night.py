@@ -247,3 +247,25 @@ def test_a_dead_adapter_stops_the_run_with_the_reason(tmp_path: Path) -> None:
     recipe = small.recipe(tmp_path, epochs=30, optimizer={"learning_rate": 1e-12, "eps": 1.0})
     with pytest.raises(UserError, match=r"adapter is dead: After 50 steps only .* of lora_A has moved.*eps"):
         run(recipe, tmp_path / "run")
+
+
+def test_out_of_memory_says_what_to_change_and_keeps_the_last_good_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = night.train.NightTrainer.compute_loss
+
+    def run_out(self: Any, *given: Any, **named: Any) -> Any:
+        if self.state.global_step == 7:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(self, *given, **named)
+
+    monkeypatch.setattr(night.train.NightTrainer, "compute_loss", run_out)
+    with pytest.raises(UserError, match=r"Out of memory; the longest example is \w+ with \d+ tokens.*micro_batch: 1"):
+        run(small.recipe(tmp_path), tmp_path / "run")
+    assert RunFolder(tmp_path / "run").newest_valid(full=True).step == 6
+
+
+def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="one process"):
+        run(small.recipe(tmp_path), tmp_path / "run")
