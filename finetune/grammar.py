@@ -192,9 +192,9 @@ def whitespace_twins(fmt: Format, system: str = "") -> list[Format]:
     Only those that render unlike the original and unlike every shipped format, after one question and after two, in
     a conversation with the text `system`; with none, a missing system shows only where there is a default one.
     """
-    others = [_rendered(one, system) for one in (fmt, *_shelf())]
+    known = {*_rendered(fmt, system), *_shown(system)}
     found = [twin for slip in SLIPS if (twin := slipped(fmt, slip)) is not None]
-    return [one for one in found if not any(_alike(_rendered(one, system), other) for other in others)]
+    return [one for one in found if known.isdisjoint(_rendered(one, system))]
 
 
 def slipped(fmt: Format, slip: str) -> Format | None:
@@ -210,8 +210,9 @@ def _rendered(fmt: Format, system: str) -> tuple[str, str]:
     return "".join(row.text for row in one), "".join(row.text for row in two)
 
 
-def _alike(one: tuple[str, str], other: tuple[str, str]) -> bool:
-    return any(a == b for a, b in zip(one, other, strict=True))
+@lru_cache(maxsize=4)
+def _shown(system: str) -> frozenset[str]:
+    return frozenset(text for one in _shelf() for text in _rendered(one, system))
 
 
 def _lower_roles(fmt: Format) -> Format:

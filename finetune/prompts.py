@@ -147,8 +147,8 @@ def remarks(fmt: Format) -> list[str]:
     ending = (fmt.user_suffix + fmt.generation_prompt)[-1:]
     if ending != " " or fmt.name == NATIVE.name:
         return []
-    what = f"format {fmt.name}: the prompt ends in a space, which most tokenizers join to the answer's first word"
-    return [f"{what}; a client that trims its prompts sends other tokens than were trained."]
+    what = f"format {fmt.name}: the prompt ends in a space, which many tokenizers join to the first word of an answer"
+    return [f"{what}: a client that trims prompts sends other tokens, and earlier answers may train without that word."]
 
 
 def clashes(
