@@ -13,11 +13,13 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in ROO
 # From the ground up: a room imports only from the lines above its own. Floors 0 and 1 of the house are split where one
 # of their rooms stands on another.
 FLOORS = (
-    "errors conversation overlap format fields draw disk machine seals memory",
-    "yamlfile markdown rows masks template filling",
-    "places shelf",
+    "errors conversation overlap format fields draw disk machine seals memory private",
+    "yamlfile markdown rows masks template filling manner reading",
+    "places shelf habits",
     "grammar",
-    "recipe corpus lint prompts estimate runs curve starters world batches bases",
+    "recipe corpus prompts estimate runs curve starters world batches bases",
+    "lint",
+    "wardrobe",
     "plan model prefix orders inventory",
     "train speak pocket looks outlook",
     "echo leak robustness drift plots vigil",
