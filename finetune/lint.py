@@ -20,7 +20,7 @@ SPAN = 25  # words; up to 24 in a row are house style (see measures, Echo 4)
 SHARED = 0.6  # of an answer's words; above it the answer is a copy
 NEAR, ALIKE = 0.7, 0.45  # Jaccard of word triples: one word in 17 changed leaves 0.7, one in 8 leaves 0.45
 RESOLVED = 8  # examples a side; below it a verdict is `underpowered` at best (see measures, Verdict)
-_CAST, _MANY = 0.5, 10  # a triple in over half of ten texts or more is what they are all cast in
+_MANY = 10  # texts; what over half of so many hold, they are all cast in
 _ANSWERS = 0.4  # Jaccard; the same question with another answer is no copy
 _BRIEF = 8  # words; of shorter answers («yes», «positive») two may well be alike
 
@@ -111,7 +111,7 @@ def _alike(seen: list[Example]) -> Iterator[_Pair]:
 
 
 def _own(sets: Sequence[_Triples]) -> Sequence[_Triples]:
-    return overlap.trimmed(sets, _CAST) if len(sets) >= _MANY else sets
+    return overlap.own(sets) if len(sets) >= _MANY else sets
 
 
 def _copies(pairs: Iterable[_Pair]) -> Iterator[Finding]:

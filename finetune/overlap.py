@@ -46,10 +46,12 @@ def jaccard(one: Set[Hashable], other: Set[Hashable]) -> float:
     return both / (len(one) + len(other) - both) if both else 0.0
 
 
-def trimmed(sets: Sequence[Set[_Item]], common: float) -> list[Set[_Item]]:
-    """The sets without what more than the share `common` of them holds."""
-    counts = Counter(chain.from_iterable(sets))
-    usual = {item for item, count in counts.items() if count > common * len(sets)}
+def own(sets: Sequence[Set[_Item]]) -> list[Set[_Item]]:
+    """The sets without what more than half of them hold."""
+    # In a ring, an item of more than half of the sets is in two neighbours: only such items need counting.
+    beside = frozenset().union(*(one & sets[i - 1] for i, one in enumerate(sets)))
+    counts = Counter(chain.from_iterable(one & beside for one in sets))
+    usual = {item for item, count in counts.items() if count > len(sets) / 2}
     return [one - usual for one in sets] if usual else list(sets)
 
 

@@ -438,6 +438,12 @@ def test_alike_finds_every_pair_that_is(sets: list[frozenset[int]], least: float
     assert sorted(overlap.alike(sets, least)) == sorted(pair for pair in pairs if pair[2] >= least)
 
 
+@given(st.lists(st.frozensets(st.integers(0, 5)), max_size=9))
+def test_own_leaves_out_exactly_what_over_half_hold(sets: list[frozenset[int]]) -> None:
+    usual = {item for item in range(6) if sum(item in one for one in sets) > len(sets) / 2}
+    assert overlap.own(sets) == [one - usual for one in sets]
+
+
 @pytest.mark.parametrize(
     ("text", "count"),
     [("Don’t stop, now!", 3), ("不要停", 3), ("हिन्दी में", 2), ("a_b 3.14", 3), ("… — !", 0), ("Ｆｕｌｌ", 1)],
