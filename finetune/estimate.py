@@ -1,4 +1,4 @@
-"""Numbers known before the night: the learning rate of every step, travel, and when to look. Pure arithmetic, no torch.
+"""Numbers known before the night: the rate of every step, travel, when to look, what a split can show. Arithmetic only.
 
 The same functions drive training, so an estimate of travel is the travel. What it will not: measure a machine.
 """
@@ -112,3 +112,31 @@ def _affordable(wanted: list[int], purse: float, price: float) -> list[int]:
     """As many of the wanted epochs as the purse pays half of: late ones first, for there is the question."""
     count = max(0, min(len(wanted), int(purse / 2 // price)))
     return sorted(wanted[len(wanted) - count :])
+
+
+# what so few held-out examples can show; 95 %, one-sided
+
+# Student's t at 0.95 for 1 to 30 degrees of freedom; beyond, Cornish and Fisher's first term
+_T95 = (
+    *(6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833, 1.812),
+    *(1.796, 1.782, 1.771, 1.761, 1.753, 1.746, 1.740, 1.734, 1.729, 1.725),
+    *(1.721, 1.717, 1.714, 1.711, 1.708, 1.706, 1.703, 1.701, 1.699, 1.697),
+)
+
+
+def none_seen(n: int) -> float:
+    """How common something may still be that none of `n` examples showed [Clopper & Pearson 1934, upper bound at 0]."""
+    return 1 - math.pow(0.05, 1 / n)
+
+
+def paired_change(n: int) -> float | None:
+    """Smallest mean of `n` paired differences whose lower bound is above 0, in their standard deviations [Student]."""
+    if n < 2:
+        return None
+    t = _T95[n - 2] if n - 2 < len(_T95) else 1.645 + 1.524 / (n - 1)
+    return t / math.sqrt(n)
+
+
+def must_improve(n: int) -> int | None:
+    """How many of `n` must improve to rule out chance [sign test]; None where even all of them would not."""
+    return next((k for k in range(n + 1) if sum(math.comb(n, i) for i in range(k, n + 1)) <= 0.05 * 2**n), None)

@@ -57,17 +57,13 @@ def read(order: Order) -> Task:
     if order.more or order.refit:
         raise refuse("--more and --refit go on with a run.", f"Name its folder, such as runs/{target.stem}.")
     wanted = recipe.load(target, order.sets)
-    _refuse_unsupported(wanted, target)
+    if later := recipe.unsupported(wanted):
+        raise UserError(recipe.placed(later, target, order.sets))
     run = RunFolder(order.out or Path("runs") / target.stem)
     going_on = run.run_json.is_file() and not order.fresh
     if going_on:
         _refuse_changes(recipe.load_resolved(run.recipe), wanted, run.path)
     return Task(run, wanted, target.read_bytes(), going_on)
-
-
-def _refuse_unsupported(wanted: Recipe, file: Path) -> None:
-    if later := recipe.unsupported(wanted):
-        raise UserError([Problem(one.what, one.remedy, file) for one in later])
 
 
 def _from_run(target: Path, order: Order) -> Task:

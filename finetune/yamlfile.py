@@ -69,7 +69,7 @@ class Document:
     def refuse(self, key: Key, what: str, remedy: str) -> None:
         """Note a problem at the line of a key."""
         origin = self.origin(key)
-        self.problems.append(Problem(what, remedy, origin.file, origin.line))
+        self.problems.append(Problem(what, remedy, origin.file, origin.line, tuple(key)))
 
     def set(self, text: str) -> None:
         """Enter one `section.key=value`, its value read as YAML; what is wrong with it is noted, not raised."""

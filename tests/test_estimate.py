@@ -6,7 +6,17 @@ import pytest
 import torch
 from transformers import get_scheduler
 
-from finetune.estimate import Cost, Length, lr_factor, plan_looks, steps_per_epoch, travel
+from finetune.estimate import (
+    Cost,
+    Length,
+    lr_factor,
+    must_improve,
+    none_seen,
+    paired_change,
+    plan_looks,
+    steps_per_epoch,
+    travel,
+)
 
 SCHEDULES = ["constant", "constant_with_warmup", "linear", "cosine", "one_cycle", "cyclical"]
 
@@ -80,3 +90,11 @@ def test_looks_every_so_many_epochs() -> None:
 
 def test_travel_is_summed_exactly() -> None:
     assert math.isclose(travel(1e-7, "constant", Length(1, 600)), 6e-5, rel_tol=1e-12)
+
+
+def test_what_so_few_can_show_is_exact() -> None:
+    assert none_seen(10) == pytest.approx(0.2589, abs=1e-4)  # Clopper-Pearson, 0 of 10, one-sided 95 %
+    assert paired_change(1) is None
+    assert paired_change(10) == pytest.approx(1.8331 / math.sqrt(10), rel=1e-3)
+    assert paired_change(101) == pytest.approx(1.6602 / math.sqrt(101), rel=1e-3)
+    assert [must_improve(n) for n in (4, 5, 10, 20)] == [None, 5, 9, 15]
