@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -47,11 +47,15 @@ def seeded(*parts: object) -> random.Random:
 
 
 class Epochs:
-    """The order of an epoch's items. Two with equal arguments give equal orders."""
+    """The order of an epoch's items. Two with equal arguments give equal orders.
+
+    `formats`: what an example is met in, by epoch and example; `item`: a text, by example and format, made when its
+    epoch is asked for. Both must be pure.
+    """
 
     def __init__(
         self,
-        items: Mapping[tuple[str, str], Item],
+        item: Callable[[str, str], Item],
         examples: Sequence[str],
         formats: Callable[[int, str], Sequence[str]],
         seed: int,
@@ -60,7 +64,7 @@ class Epochs:
         replay: Sequence[Item] = (),
         replay_share: float = 0.0,
     ) -> None:
-        self._items, self._examples, self._formats = dict(items), list(examples), formats
+        self._item, self._examples, self._formats = item, list(examples), formats
         self._seed, self._shuffle, self._batch_size = seed, shuffle, batch_size
         self._replay = list(replay)
         own = self._own(0)
@@ -69,7 +73,7 @@ class Epochs:
         self.order = lru_cache(maxsize=2)(self._order)
 
     def _own(self, epoch: int) -> list[Item]:
-        return [self._items[example, name] for example in self._examples for name in self._formats(epoch, example)]
+        return [self._item(example, name) for example in self._examples for name in self._formats(epoch, example)]
 
     def _order(self, epoch: int) -> list[Item]:
         """The items of an epoch, counted from 0, in training order."""

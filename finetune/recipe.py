@@ -44,12 +44,9 @@ Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "one_
 class Section(BaseModel):
     """What all sections share: frozen, no unknown keys, no silent conversion (`"8"` is no number), no NaN."""
 
+    # the line below a setting is its meaning, in `sft explain` and in editors
     model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        strict=True,
-        allow_inf_nan=False,
-        use_attribute_docstrings=True,  # the line below a setting is its meaning, in `sft explain` and in editors
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
 
 
@@ -248,6 +245,9 @@ def _clashes(recipe: Recipe) -> Iterator[Clash]:
         if name in recipe.formats.held_out:
             what = f"formats.held_out names {name}, which is also trained."
             yield Clash(("formats.held_out", "formats.train"), what, "Take it out of one of the two.")
+    if recipe.formats.sampled and recipe.formats.draw == "all":
+        what = f"formats.sampled is {recipe.formats.sampled:g}, which draw: all leaves no place for."
+        yield Clash(("formats.sampled", "formats.draw"), what, "Write draw: each_epoch, or remove sampled.")
     steps, schedule = recipe.optimizer.warmup_steps, recipe.optimizer.schedule
     if steps and schedule in ("constant", "one_cycle", "cyclical"):
         what = f"optimizer.warmup_steps is {steps}, which the schedule {schedule} ignores."
@@ -278,9 +278,9 @@ class Draft:
 
 
 SHAPE = fields.Shape(Recipe)
-_APART: dict[str, Any] = {"held_out": (), "warmup_steps": 0, "micro_batch": "auto"}  # at these nothing clashes
+_APART: dict[str, Any] = {"held_out": (), "sampled": 0.0, "warmup_steps": 0, "micro_batch": "auto"}  # free of clashes
 _FREE = ("watch", "hub", "report_to", "machine")  # going on with a run may change these
-_LATER = ("data.intended", "formats.sampled", "regularise.self_replay", "report_to", "hub.repo")
+_LATER = ("data.intended", "regularise.self_replay", "report_to", "hub.repo")
 
 
 def load(path: Path | str, sets: Sequence[str] = ()) -> Recipe:

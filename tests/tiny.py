@@ -109,7 +109,7 @@ def job(folder: Path, items: Sequence[Item], steps: int, batch_size: int = 1, **
     """Items in the order given, each epoch the same. `optimizer`: settings of it; the rest: fields of Job."""
     keyed = {(item.example, item.format): item for item in items}
     names = {item.example: [one.format for one in items if one.example == item.example] for item in items}
-    epochs = Epochs(keyed, list(names), lambda _epoch, one: names[one], 0, "never", batch_size)
+    epochs = Epochs(lambda *key: keyed[key], list(names), lambda _epoch, one: names[one], 0, "never", batch_size)
     optimizer: Mapping[str, Any] = {"learning_rate": 1e-3, **changes.pop("optimizer", {})}
     length = Length(steps_per_epoch(epochs.size, batch_size), steps, optimizer.get("warmup_steps", 0))
     made = Job(epochs, Optimizer(**optimizer), length, batch_size, batch_size, 0, "tiny", folder / "work", nowhere)
