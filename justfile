@@ -14,6 +14,6 @@ pocket:
 bench-trl:
     .venv/bin/python tests/bench/against_trl.py
 
-# kill a run many times at random and compare it with one that was left alone
-bench-kill:
-    .venv/bin/python tests/bench/kill_and_go_on.py
+# kill a run five times at random and compare it with one that was left alone
+bench-kill recipe="recipes/handwritten.yaml" *sets:
+    .venv/bin/python tests/bench/kill_and_go_on.py {{recipe}} 5 {{sets}}
