@@ -10,16 +10,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune import corpus, prompts
+from finetune import corpus, lint, prompts
 from finetune.batches import Epochs, Group, Item, goldfish, micro_batch
 from finetune.conversation import Conversation
 from finetune.corpus import Split
 from finetune.errors import Problem, UserError, refuse
 from finetune.estimate import Cost, Length, Looks, plan_looks, steps_per_epoch, travel
 from finetune.format import Format
-from finetune.masks import Vocabulary
+from finetune.masks import Vocabulary, encode
 from finetune.recipe import Recipe
-from finetune.wardrobe import Wardrobe, dressed
 
 _BACKWARD = 2.0  # a training step costs about this many passes: 4 FLOPs per frozen weight and token, a pass 2
 _DECODE = 100.0  # writing one token costs about as much as reading this many: it is bound by memory, not arithmetic
@@ -29,19 +28,10 @@ _DECODE = 100.0  # writing one token costs about as much as reading this many: i
 class Texts:
     """Every text of a run as token ids, by (example, format). `twins` ask the same in other words; never trained."""
 
-    wardrobe: Wardrobe
+    trained: Mapping[tuple[str, str], Item]
     held_out: Mapping[tuple[str, str], Item]
     twins: Mapping[tuple[str, str], Item]
     replay: tuple[Item, ...] = ()
-
-    @property
-    def trained(self) -> Mapping[tuple[str, str], Item]:
-        """What is trained in the listed formats."""
-        return self.wardrobe.items
-
-    def longest(self) -> int:
-        """Tokens that no text of the training exceeds."""
-        return max([self.wardrobe.longest(), *(len(item.ids) for item in (*self.trained.values(), *self.replay))])
 
 
 @dataclass(frozen=True)
@@ -71,7 +61,7 @@ class Plan:
 
     def longest(self) -> int:
         """Tokens of the longest text that is trained on."""
-        return self.texts.longest()
+        return max(len(item.ids) for item in (*self.texts.trained.values(), *self.texts.replay))
 
     def answer_limit(self) -> int:
         """Tokens a sampled answer may have: a quarter more than the longest that is taught, at most 512."""
@@ -111,7 +101,7 @@ def make(
         raise UserError(problems)
     texts = _texts(recipe, conversations, split, formats, vocabulary, problems)
     problems += _format_problems(recipe, formats, vocabulary)
-    problems += _stop_problems(recipe, conversations.values(), formats, vocabulary)
+    problems += _lint_problems(recipe, conversations, split, formats, vocabulary)
     if problems:
         raise UserError(problems)
     return _scheduled(recipe, conversations, split, vocabulary, formats, texts)
@@ -125,10 +115,11 @@ def _scheduled(
     formats: Mapping[str, Format],
     texts: Texts,
 ) -> Plan:
+    names, draw = recipe.formats.train, recipe.formats.draw
     epochs = Epochs(
-        texts.wardrobe.item,
+        texts.trained,
         split.train,
-        texts.wardrobe.worn,
+        lambda epoch, example: prompts.draw(recipe.seed, epoch, example, names, draw),
         recipe.seed,
         recipe.shuffle,
         recipe.batch_size,
@@ -137,8 +128,9 @@ def _scheduled(
     )
     per_epoch = steps_per_epoch(epochs.size, recipe.batch_size)
     length = Length(per_epoch, per_epoch * recipe.epochs, recipe.optimizer.warmup_steps)
+    longest = max(len(item.ids) for item in (*texts.trained.values(), *texts.replay))
     asked = recipe.machine.micro_batch
-    micro = micro_batch(recipe.batch_size, texts.longest()) if asked == "auto" else asked
+    micro = micro_batch(recipe.batch_size, longest) if asked == "auto" else asked
     plan = Plan(recipe, conversations, split, vocabulary, formats, texts, epochs, length, micro, Looks((), (), ""))
     looks = plan_looks(recipe.epochs, recipe.watch.every, recipe.watch.budget, _cost(plan))
     return Plan(recipe, conversations, split, vocabulary, formats, texts, epochs, length, micro, looks)
@@ -226,32 +218,25 @@ def _texts(
         for one in (conversations[name] for name in ids):
             shown = one.asked(split.twins[one.id]) if twin else one
             for name, format in wearing.items():
-                found[one.id, name] = dressed(shown, name, format, vocabulary)
+                found[one.id, name] = _item(shown, name, format, vocabulary)
         return found
 
-    examples = {name: conversations[name] for name in split.train}
-    wardrobe = _wardrobe(recipe, formats, examples, items(split.train, trained), vocabulary)
     texts = Texts(
-        wardrobe,
+        items(split.train, trained),
         items(split.held_out, formats),
         items([name for name in split.twins if name in conversations], formats, twin=True),
         tuple(_replay(recipe, vocabulary, problems)),
     )
     problems += _too_long(texts, conversations, recipe.data.max_tokens)
-    problems += wardrobe.problems(recipe.epochs)
-    return texts
+    if recipe.regularise.goldfish is None:
+        return texts
+    thinned = {key: goldfish(item, recipe.regularise.goldfish) for key, item in texts.trained.items()}
+    return Texts(thinned, texts.held_out, texts.twins, texts.replay)
 
 
-def _wardrobe(
-    recipe: Recipe,
-    formats: Mapping[str, Format],
-    examples: Mapping[str, Conversation],
-    items: Mapping[tuple[str, str], Item],
-    vocabulary: Vocabulary,
-) -> Wardrobe:
-    thin, limit = recipe.regularise.goldfish, recipe.data.max_tokens
-    worn = {key: goldfish(item, thin) for key, item in items.items()} if thin else items
-    return Wardrobe(recipe.formats, formats, examples, worn, vocabulary, recipe.seed, thin, limit)
+def _item(one: Conversation, name: str, wearing: Format, vocabulary: Vocabulary) -> Item:
+    tokens = encode(prompts.render(one, wearing, vocabulary), vocabulary)
+    return Item(one.id, name, tokens.ids, tokens.trained)
 
 
 def _too_long(texts: Texts, conversations: Mapping[str, Conversation], limit: int) -> Iterator[Problem]:
@@ -274,17 +259,18 @@ def _format_problems(recipe: Recipe, formats: Mapping[str, Format], vocabulary: 
     yield from prompts.clashes(trained, [formats[name] for name in recipe.formats.held_out], vocabulary)
 
 
-def _stop_problems(
-    recipe: Recipe, examples: Iterable[Conversation], formats: Mapping[str, Format], vocabulary: Vocabulary
+def _lint_problems(
+    recipe: Recipe,
+    conversations: Mapping[str, Conversation],
+    split: Split,
+    formats: Mapping[str, Format],
+    vocabulary: Vocabulary,
 ) -> Iterator[Problem]:
-    """Answers that hold a stop string of a trained format: a client would cut them off there."""
-    stops = {stop: name for name in recipe.formats.train for stop in prompts.stops(formats[name], vocabulary)}
-    for one in examples:
-        for turn in one.turns:
-            for stop, name in stops.items() if turn.role == "assistant" else ():
-                if stop in turn.text:
-                    what = f"{one.id}: the answer holds {json.dumps(stop)}, a stop string of {name}."
-                    yield Problem(what, "Write it differently.", one.origin.file, turn.line)
+    """What lint refuses: copies, examples that stand on both sides, answers a client would cut off."""
+    trained = [formats[name] for name in recipe.formats.train if name in formats]
+    if conversations:
+        found = lint.refusals(conversations.values(), trained, vocabulary, split.held_out)
+        yield from (one.problem for one in found)
 
 
 def _replay(recipe: Recipe, vocabulary: Vocabulary, problems: list[Problem]) -> Iterator[Item]:
