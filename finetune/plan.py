@@ -17,8 +17,9 @@ from finetune.corpus import Split
 from finetune.errors import Problem, UserError, refuse
 from finetune.estimate import Cost, Length, Looks, plan_looks, steps_per_epoch, travel
 from finetune.format import Format
-from finetune.masks import Vocabulary, encode
+from finetune.masks import Vocabulary
 from finetune.recipe import Recipe
+from finetune.wardrobe import Wardrobe, dressed
 
 _BACKWARD = 2.0  # a training step costs about this many passes: 4 FLOPs per frozen weight and token, a pass 2
 _DECODE = 100.0  # writing one token costs about as much as reading this many: it is bound by memory, not arithmetic
@@ -28,10 +29,19 @@ _DECODE = 100.0  # writing one token costs about as much as reading this many: i
 class Texts:
     """Every text of a run as token ids, by (example, format). `twins` ask the same in other words; never trained."""
 
-    trained: Mapping[tuple[str, str], Item]
+    wardrobe: Wardrobe
     held_out: Mapping[tuple[str, str], Item]
     twins: Mapping[tuple[str, str], Item]
     replay: tuple[Item, ...] = ()
+
+    @property
+    def trained(self) -> Mapping[tuple[str, str], Item]:
+        """What is trained in the listed formats."""
+        return self.wardrobe.items
+
+    def longest(self) -> int:
+        """Tokens that no text of the training exceeds."""
+        return max([self.wardrobe.longest(), *(len(item.ids) for item in (*self.trained.values(), *self.replay))])
 
 
 @dataclass(frozen=True)
@@ -61,7 +71,7 @@ class Plan:
 
     def longest(self) -> int:
         """Tokens of the longest text that is trained on."""
-        return max(len(item.ids) for item in (*self.texts.trained.values(), *self.texts.replay))
+        return self.texts.longest()
 
     def answer_limit(self) -> int:
         """Tokens a sampled answer may have: a quarter more than the longest that is taught, at most 512."""
@@ -115,11 +125,10 @@ def _scheduled(
     formats: Mapping[str, Format],
     texts: Texts,
 ) -> Plan:
-    names, draw = recipe.formats.train, recipe.formats.draw
     epochs = Epochs(
-        texts.trained,
+        texts.wardrobe.item,
         split.train,
-        lambda epoch, example: prompts.draw(recipe.seed, epoch, example, names, draw),
+        texts.wardrobe.worn,
         recipe.seed,
         recipe.shuffle,
         recipe.batch_size,
@@ -128,9 +137,8 @@ def _scheduled(
     )
     per_epoch = steps_per_epoch(epochs.size, recipe.batch_size)
     length = Length(per_epoch, per_epoch * recipe.epochs, recipe.optimizer.warmup_steps)
-    longest = max(len(item.ids) for item in (*texts.trained.values(), *texts.replay))
     asked = recipe.machine.micro_batch
-    micro = micro_batch(recipe.batch_size, longest) if asked == "auto" else asked
+    micro = micro_batch(recipe.batch_size, texts.longest()) if asked == "auto" else asked
     plan = Plan(recipe, conversations, split, vocabulary, formats, texts, epochs, length, micro, Looks((), (), ""))
     looks = plan_looks(recipe.epochs, recipe.watch.every, recipe.watch.budget, _cost(plan))
     return Plan(recipe, conversations, split, vocabulary, formats, texts, epochs, length, micro, looks)
@@ -218,25 +226,32 @@ def _texts(
         for one in (conversations[name] for name in ids):
             shown = one.asked(split.twins[one.id]) if twin else one
             for name, format in wearing.items():
-                found[one.id, name] = _item(shown, name, format, vocabulary)
+                found[one.id, name] = dressed(shown, name, format, vocabulary)
         return found
 
+    examples = {name: conversations[name] for name in split.train}
+    wardrobe = _wardrobe(recipe, formats, examples, items(split.train, trained), vocabulary)
     texts = Texts(
-        items(split.train, trained),
+        wardrobe,
         items(split.held_out, formats),
         items([name for name in split.twins if name in conversations], formats, twin=True),
         tuple(_replay(recipe, vocabulary, problems)),
     )
     problems += _too_long(texts, conversations, recipe.data.max_tokens)
-    if recipe.regularise.goldfish is None:
-        return texts
-    thinned = {key: goldfish(item, recipe.regularise.goldfish) for key, item in texts.trained.items()}
-    return Texts(thinned, texts.held_out, texts.twins, texts.replay)
+    problems += wardrobe.problems(recipe.epochs)
+    return texts
 
 
-def _item(one: Conversation, name: str, wearing: Format, vocabulary: Vocabulary) -> Item:
-    tokens = encode(prompts.render(one, wearing, vocabulary), vocabulary)
-    return Item(one.id, name, tokens.ids, tokens.trained)
+def _wardrobe(
+    recipe: Recipe,
+    formats: Mapping[str, Format],
+    examples: Mapping[str, Conversation],
+    items: Mapping[tuple[str, str], Item],
+    vocabulary: Vocabulary,
+) -> Wardrobe:
+    thin, limit = recipe.regularise.goldfish, recipe.data.max_tokens
+    worn = {key: goldfish(item, thin) for key, item in items.items()} if thin else items
+    return Wardrobe(recipe.formats, formats, examples, worn, vocabulary, recipe.seed, thin, limit)
 
 
 def _too_long(texts: Texts, conversations: Mapping[str, Conversation], limit: int) -> Iterator[Problem]:
