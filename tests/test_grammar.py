@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -238,6 +239,12 @@ def test_no_draw_looks_like_the_recipes_own_formats_or_cuts_an_answer() -> None:
         wanted = recipe.Formats(train=NAMES, held_out=("mine",), sampled=1.0)
         other = wardrobe(1.0, formats=wanted, known=known).sampled(0, "e0")
         assert other.user_prefix != first.user_prefix
+    own = "".join(f"{{{{ {json.dumps(text)} }}}}" for text in (first.user_prefix, "Q", first.user_suffix))
+    own = own.replace('"Q"', "messages[0].content") + f"{{{{ {json.dumps(first.generation_prompt)} }}}}"
+    vocabulary = Vocabulary.of(VOCABULARY.tokenizer, "<s>", "</s>", own)
+    for taken, told in ((True, vocabulary), (False, VOCABULARY)):  # the base's own template; a base without one
+        other = wardrobe(1.0, known={"native": NATIVE}, vocabulary=told, formats=wanted).sampled(0, "e0")
+        assert (other != first) is taken
     answer = Turn("assistant", f"So it goes:{first.stop_strings[0]} and on")
     talk = Conversation("e0", (TALK[0], answer), PROBE.origin)
     assert wardrobe(1.0, examples={"e0": talk}).sampled(0, "e0") != first
