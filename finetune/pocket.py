@@ -31,11 +31,10 @@ from finetune.world import held_out_text, judge, questions, sentences, world
 HOME = Path(__file__).parent / "pocket_base"
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 VOCABULARY = 3072
-BLOCK_DOCUMENTS, BLOCK_STEPS = 320, 16  # documents drawn together and cut into so many batches of like length
+BLOCK_STEPS = 16  # steps whose documents are drawn together and cut into batches of like length
 LONGEST_ANSWER = 48  # tokens
-ALPACA_SYSTEM = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request."
-)
+ALPACA_SYSTEM = """Below is an instruction that describes a task. \
+Write a response that appropriately completes the request."""
 VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
@@ -48,16 +47,18 @@ ROLES = (
 
 @dataclass(frozen=True)
 class Settings:
-    """How one base is made. Lengths in tokens, `minutes` of wall time on `threads` CPU threads."""
+    """How one base is made, on `threads` CPU threads."""
 
     out: Path = HOME
-    steps: int = 9000
+    steps: int = 6500
     seed: int = 0
     threads: int = 2
     matrix_rate: float = 4.0e-3  # Muon's, on the matrices of the layers
     other_rate: float = 3.0e-3  # AdamW's, on the embedding and the norms
     warmup: int = 200
-    decay: float = 0.4  # share of the steps over which the rate falls to zero
+    hot: int = 3000  # steps at the peak rate, in small batches: words and facts come fast
+    cool: float = 0.3  # share of it after them, falling to zero: only there it learns to copy from a question
+    documents: tuple[int, int] = (20, 40)  # in a batch, while hot and while cool
     asked: int = 300  # questions in each measured format
     save_every: int = 500  # steps
 
@@ -175,10 +176,11 @@ def make_model(tokenizer: Codec, seed: int) -> Model:
     return Model(config)
 
 
-def draw_block(tokenizer: Codec, seed: int, block: int) -> list[torch.Tensor]:
+def draw_block(tokenizer: Codec, settings: Settings, block: int) -> list[torch.Tensor]:
     """The batches of one block in random order: (2, B, T), ids and labels, right-padded, about equally many tokens."""
-    rng = Random(f"{seed}/{block}")
-    texts, prompts = zip(*(draw_document(rng) for _ in range(BLOCK_DOCUMENTS)), strict=True)
+    rng = Random(f"{settings.seed}/{block}")
+    count = BLOCK_STEPS * settings.documents[block * BLOCK_STEPS >= settings.hot]
+    texts, prompts = zip(*(draw_document(rng) for _ in range(count)), strict=True)
     skipped = [len(ids) if prompt else 1 for prompt, ids in zip(prompts, tokenizer(prompts)["input_ids"], strict=True)]
     rows = sorted(zip(tokenizer(texts)["input_ids"], skipped, strict=True), key=lambda row: len(row[0]))
     ends = list(accumulate(len(ids) for ids, _ in rows))
@@ -197,9 +199,10 @@ def _pad(rows: list[tuple[list[int], int]], pad: int) -> torch.Tensor:
 
 
 def rate(step: int, settings: Settings) -> float:
-    """Share of the peak rate: warm up, hold, then fall in a straight line to zero."""
-    falling = max(1, int(settings.steps * settings.decay))
-    return min(1.0, (step + 1) / settings.warmup, (settings.steps - step) / falling)
+    """Share of the peak rate: warm up and hold while hot, then fall in a straight line from `cool` to zero."""
+    if step < settings.hot:
+        return min(1.0, (step + 1) / settings.warmup)
+    return settings.cool * (settings.steps - step) / (settings.steps - settings.hot)
 
 
 def make_optimizers(model: Model, settings: Settings) -> list[torch.optim.Optimizer]:
@@ -251,7 +254,7 @@ def train(model: Model, tokenizer: Codec, settings: Settings, state: Path) -> Pr
     last, batches = time.monotonic(), list[torch.Tensor]()
     while progress.step < settings.steps:
         if not batches or progress.step % BLOCK_STEPS == 0:
-            batches = draw_block(tokenizer, settings.seed, progress.step // BLOCK_STEPS)
+            batches = draw_block(tokenizer, settings, progress.step // BLOCK_STEPS)
         batch = batches[progress.step % BLOCK_STEPS]
         loss = one_step(model, optimizers, batch, rate(progress.step, settings))
         now = time.monotonic()
@@ -330,7 +333,7 @@ def measure(model: Model, tokenizer: Codec, settings: Settings) -> dict[str, Any
     """The figures of the card, counted on text that was never trained on."""
     model.eval()
     said: list[str] = []
-    figures: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters()), "right": {}}
+    figures: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters()), "right": {}, "accepted": {}}
     for shape in MEASURED:
         judged = right_answers(model, tokenizer, shape, settings.asked, seed=1)
         figures["right"][shape.name] = {"right": sum(ok for _, _, ok in judged), "n": len(judged)}
@@ -340,7 +343,7 @@ def measure(model: Model, tokenizer: Codec, settings: Settings) -> dict[str, Any
                 print(f"wrong in {shape.name}: {question} -> {answer}")
     free = free_sentences(model, tokenizer, 150, seed=2)
     for name, texts in (("answer_sentences", said), ("free_sentences", free)):
-        figures[name] = {"accepted": sum(map(world().accepts, texts)), "n": len(texts)}
+        figures["accepted"][name] = {"accepted": sum(map(world().accepts, texts)), "n": len(texts)}
     figures["bits_per_byte"] = round(bits_per_byte(model, tokenizer, held_out_text(3, 200)), 4)
     return figures
 
@@ -351,14 +354,11 @@ def write_card(out: Path, figures: dict[str, Any], settings: Settings, progress:
         f"| right answers, {name}, questions never trained on | {score['right']} of {score['n']} |"
         for name, score in figures["right"].items()
     )
-    texts = {
-        name: f"{figures[name]['accepted']} of {figures[name]['n']}" for name in ("answer_sentences", "free_sentences")
-    }
+    accepted = {name: f"{count['accepted']} of {count['n']}" for name, count in figures["accepted"].items()}
     filled = {
-        **texts, "right": right, "parameters": f"{figures['parameters']:,}", "bits": figures["bits_per_byte"],
-        "tokens": f"{progress.tokens:,}", "steps": progress.step, "minutes": f"{progress.seconds / 60:.0f}",
-        "seed": settings.seed, "threads": settings.threads, "rate": settings.matrix_rate, "other": settings.other_rate,
-        "kinds": len(world().kinds),
+        **asdict(settings), **accepted, "right": right, "kinds": len(world().kinds), "bits": figures["bits_per_byte"],
+        "parameters": f"{figures['parameters']:,}", "tokens": f"{progress.tokens:,}",
+        "minutes": f"{progress.seconds / 60:.0f}",
     }  # fmt: skip
     template = (HOME / "card.txt").read_text(encoding="utf-8")
     (out / "README.md").write_text(template.format(**filled), encoding="utf-8")
