@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
@@ -292,12 +292,12 @@ def save_adapter(model: Any, folder: Path, base_name: str) -> None:
 
 def read_weights(model: Any, folder: Path) -> None:
     """Put the adapter in `folder` into `model`, which must have the same shape. Errors: UserError."""
-    result = set_peft_model_state_dict(model, load_file(folder / ADAPTER_WEIGHTS))
-    lost = [name for name in result.missing_keys if "lora_" in name]
-    if lost or result.unexpected_keys:
+    given, own = load_file(folder / ADAPTER_WEIGHTS), get_peft_model_state_dict(model, save_embedding_layers=False)
+    if {name: weight.shape for name, weight in given.items()} != {name: weight.shape for name, weight in own.items()}:
         raise refuse(
             f"{folder}: this adapter has another shape than the recipe's.", "Start with --fresh, or restore the recipe."
         )
+    set_peft_model_state_dict(model, given)
     assert_fp32_adapter(model)
 
 
