@@ -29,6 +29,11 @@ class Problem:
         place = "" if self.file is None else f"{self.file}:{self.line}  " if self.line else f"{self.file}  "
         return f"{place}{self.what}  {self.remedy}".rstrip()
 
+    def as_dict(self) -> dict[str, str | int | None]:
+        """For `--json`."""
+        file = None if self.file is None else str(self.file)
+        return {"file": file, "line": self.line, "what": self.what, "remedy": self.remedy}
+
 
 class UserError(Exception):
     """Everything that is wrong, at once. The door prints it and exits 2; no traceback."""

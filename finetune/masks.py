@@ -131,11 +131,12 @@ def encode(rendered: Rendered, vocabulary: Vocabulary) -> Tokens:
     rows += _piecewise(text, 0, cut, marks, vocabulary)
     prompt = len(rows)
     rows += _piecewise(text, cut, len(text), marks, vocabulary)
-    answers = rendered.answers
-    stretches = [(one.start, one.stop) for one in answers if one.trained]
-    trained = [i >= opening and any(a <= row[1] < b for a, b in stretches) for i, row in enumerate(rows)]
     places = tuple((start, stop) for _, start, stop in rows)
-    found = tuple(_in_tokens(one, places, opening) for one in answers)
+    found = tuple(_in_tokens(one, places, opening) for one in rendered.answers)
+    trained = [False] * len(rows)
+    for one in found:
+        if one.trained:
+            trained[one.start : one.stop] = [True] * (one.stop - one.start)
     return Tokens(tuple(row[0] for row in rows), tuple(trained), places, prompt, found)
 
 
@@ -188,7 +189,8 @@ def _one_string(text: str, start: int, stop: int, vocabulary: Vocabulary) -> lis
     )
     found = vocabulary.tokenizer.encode(" " + piece if marked else piece, add_special_tokens=False)
     shift = start - marked
-    return [(id, max(a + shift, start), b + shift) for id, (a, b) in zip(found.ids, found.offsets, strict=True)]
+    rows = [(id, a + shift, b + shift) for id, (a, b) in zip(found.ids, found.offsets, strict=True)]
+    return [(id, max(a, start), b) for id, a, b in rows] if marked else rows
 
 
 def _strip(state: dict[str, Any]) -> str:

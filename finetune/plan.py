@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from finetune import corpus, lint, prompts
@@ -27,7 +27,10 @@ _DECODE = 100.0  # writing one token costs about as much as reading this many: i
 
 @dataclass(frozen=True)
 class Texts:
-    """Every text of a run as token ids, by (example, format). `twins` ask the same in other words; never trained."""
+    """Every text of a run as token ids, by (example, format). `twins` ask the same in other words; never trained.
+
+    Held-out examples are there in every format, trained ones in trained formats, twins in the first.
+    """
 
     wardrobe: Wardrobe
     held_out: Mapping[tuple[str, str], Item]
@@ -96,35 +99,58 @@ def _answer_bytes(one: Conversation) -> int:
     return sum(len(turn.text.encode()) for turn in one.turns if turn.role == "assistant" and turn.loss)
 
 
-def make(
-    recipe: Recipe, base: Path, split: Split | None = None, everything: bool = False, online: bool = False
-) -> Plan:
-    """Plan a run on the base in folder `base`. `split`: the recorded one, else drawn; `everything`: hold nothing out.
+@dataclass(frozen=True)
+class Source:
+    """Which examples. `split`: the recorded one, else drawn; `everything`: hold nothing out; `online`: may fetch."""
 
-    `online`: a Hub dataset may be fetched. Errors: UserError with every problem of recipe, dataset and formats.
+    split: Split | None = None
+    everything: bool = False
+    online: bool = False
+
+
+@dataclass(frozen=True)
+class Material:
+    """All that could be read, and all that is wrong with it. Only without problems can a plan be made of it."""
+
+    recipe: Recipe
+    vocabulary: Vocabulary
+    formats: Mapping[str, Format]
+    conversations: Mapping[str, Conversation]
+    split: Split
+    texts: Texts
+    problems: tuple[Problem, ...]
+    warnings: tuple[Problem, ...]
+
+
+def make(
+    recipe: Recipe, base: Path | Vocabulary, split: Split | None = None, everything: bool = False, online: bool = False
+) -> Plan:
+    """Plan a run on the base in folder `base`, or on its vocabulary. The rest is a `Source`.
+
+    Errors: UserError with every problem of dataset and formats; those that blame a setting carry its `key`.
     """
+    vocabulary = base if isinstance(base, Vocabulary) else Vocabulary.load(base)
+    material = gather(recipe, vocabulary, Source(split, everything, online))
+    if material.problems:
+        raise UserError(list(material.problems))
+    return schedule(material)
+
+
+def gather(recipe: Recipe, vocabulary: Vocabulary, source: Source | None) -> Material:
+    """Read formats and examples, and go on past every fault. `source` None: leave the dataset alone."""
     problems: list[Problem] = []
-    vocabulary = Vocabulary.load(base)
     formats = _formats(recipe, problems)
-    conversations, split = _examples(recipe, split, everything, online, problems)
-    if problems:
-        raise UserError(problems)
+    conversations, split = _examples(recipe, source, problems) if source else ({}, _no_split(recipe))
     texts = _texts(recipe, conversations, split, formats, vocabulary, problems)
     problems += _format_problems(recipe, formats, vocabulary)
-    problems += _lint_problems(recipe, conversations, split, formats, vocabulary)
-    if problems:
-        raise UserError(problems)
-    return _scheduled(recipe, conversations, split, vocabulary, formats, texts)
+    refused, warnings = _lint(recipe, conversations, split, formats, vocabulary)
+    told = dict.fromkeys([*problems, *refused])
+    return Material(recipe, vocabulary, formats, conversations, split, texts, tuple(told), tuple(warnings))
 
 
-def _scheduled(
-    recipe: Recipe,
-    conversations: Mapping[str, Conversation],
-    split: Split,
-    vocabulary: Vocabulary,
-    formats: Mapping[str, Format],
-    texts: Texts,
-) -> Plan:
+def schedule(material: Material) -> Plan:
+    """The order of texts, the length of the run, and when it is looked at. Only of material without problems."""
+    recipe, split, texts = material.recipe, material.split, material.texts
     epochs = Epochs(
         texts.wardrobe.item,
         split.train,
@@ -139,9 +165,9 @@ def _scheduled(
     length = Length(per_epoch, per_epoch * recipe.epochs, recipe.optimizer.warmup_steps)
     asked = recipe.machine.micro_batch
     micro = micro_batch(recipe.batch_size, texts.longest()) if asked == "auto" else asked
+    conversations, formats, vocabulary = material.conversations, material.formats, material.vocabulary
     plan = Plan(recipe, conversations, split, vocabulary, formats, texts, epochs, length, micro, Looks((), (), ""))
-    looks = plan_looks(recipe.epochs, recipe.watch.every, recipe.watch.budget, _cost(plan))
-    return Plan(recipe, conversations, split, vocabulary, formats, texts, epochs, length, micro, looks)
+    return replace(plan, looks=plan_looks(recipe.epochs, recipe.watch.every, recipe.watch.budget, _cost(plan)))
 
 
 def _cost(plan: Plan) -> Cost:
@@ -156,32 +182,50 @@ def _cost(plan: Plan) -> Cost:
 
 
 def _formats(recipe: Recipe, problems: list[Problem]) -> dict[str, Format]:
-    """Trained formats first, then the held-out ones, each under the name it has in the recipe."""
-    names = (*recipe.formats.train, *recipe.formats.held_out)
-    try:
-        return dict(zip(names, prompts.load(names), strict=True))
-    except UserError as error:
-        problems += error.problems
-        return {}
+    """Trained formats first, then the held-out ones, each under the name it has in the recipe; those that load."""
+    found = {}
+    for side, names in (("train", recipe.formats.train), ("held_out", recipe.formats.held_out)):
+        for number, name in enumerate(names):
+            try:
+                found[name] = prompts.load([name])[0]
+            except UserError as error:
+                problems += _blamed(error, "formats", side, number)
+    return found
 
 
-def _examples(
-    recipe: Recipe, split: Split | None, everything: bool, online: bool, problems: list[Problem]
-) -> tuple[dict[str, Conversation], Split]:
+def _blamed(error: UserError, *key: str | int) -> list[Problem]:
+    """Its problems; those that name no file blame a key of the recipe."""
+    return [one if one.file is not None or one.key else replace(one, key=key) for one in error.problems]
+
+
+def _no_split(recipe: Recipe) -> Split:
+    return Split((), (), {}, recipe.seed)
+
+
+def _examples(recipe: Recipe, source: Source, problems: list[Problem]) -> tuple[dict[str, Conversation], Split]:
     """All examples by id, and which are trained."""
-    empty = Split((), (), {}, recipe.seed)
+    sides: list[list[Conversation]] = []
+    for key, path in (("train", recipe.data.train), ("held_out", _held_out_path(recipe))):
+        try:
+            sides.append(_read(path, recipe, source.online) if path else [])
+        except UserError as error:
+            problems += _blamed(error, "data", key)
+    if len(sides) < 2:
+        return {}, _no_split(recipe)
+    examples, kept = sides
+    by_id = {one.id: one for one in (*examples, *kept)}
     try:
-        examples = _read(recipe.data.train, recipe, online)
-        aside = _held_out_path(recipe)
-        kept = _read(aside, recipe, online) if aside else []
-        if everything:
-            split = corpus.split_given([*examples, *kept], [], recipe.seed)
-        elif split is None:
-            split = _draw(recipe, examples, kept)
+        if source.everything:
+            return by_id, corpus.split_given([*examples, *kept], [], recipe.seed)
+        split = source.split or _draw(recipe, examples, kept)
     except UserError as error:
-        problems += error.problems
-        return {}, empty
-    return {one.id: one for one in (*examples, *kept)}, split
+        problems += _blamed(error, "data", "held_out")
+        return by_id, _no_split(recipe)
+    if gone := [name for name in (*split.train, *split.held_out) if name not in by_id]:
+        what = f"The dataset changed since this run began: {gone[0]} is no longer there."
+        problems.append(Problem(what, "Restore it to go on, or start anew with --fresh.", key=("data", "train")))
+        return by_id, _no_split(recipe)
+    return by_id, split
 
 
 def _held_out_path(recipe: Recipe) -> str | None:
@@ -200,7 +244,8 @@ def _read(path: str, recipe: Recipe, online: bool) -> list[Conversation]:
     if Path(path).exists():
         return corpus.read(path, recipe.data.parts)
     if not online:
-        raise refuse(f"data.train: {path} is not on this machine.", "`sft train` fetches it, or name a folder or file.")
+        what = f"data.train: {path} is not on this machine, and only `sft train` asks the Hub."
+        raise refuse(what, "Start it, or name a folder or file.")
     from datasets import load_dataset
 
     try:
@@ -219,14 +264,17 @@ def _texts(
     vocabulary: Vocabulary,
     problems: list[Problem],
 ) -> Texts:
-    trained = {name: formats[name] for name in recipe.formats.train}
+    trained = {name: formats[name] for name in recipe.formats.train if name in formats}
 
     def items(ids: Iterable[str], wearing: Mapping[str, Format], twin: bool = False) -> dict[tuple[str, str], Item]:
         found = {}
         for one in (conversations[name] for name in ids):
             shown = one.asked(split.twins[one.id]) if twin else one
             for name, format in wearing.items():
-                found[one.id, name] = dressed(shown, name, format, vocabulary)
+                try:
+                    found[one.id, name] = dressed(shown, name, format, vocabulary)
+                except UserError as error:  # the base's template cannot carry this example
+                    problems.extend(error.problems)
         return found
 
     examples = {name: conversations[name] for name in split.train}
@@ -234,7 +282,7 @@ def _texts(
     texts = Texts(
         wardrobe,
         items(split.held_out, formats),
-        items([name for name in split.twins if name in conversations], formats, twin=True),
+        items([name for name in split.twins if name in conversations], dict([*formats.items()][:1]), twin=True),
         tuple(_replay(recipe, vocabulary, problems)),
     )
     problems += _too_long(texts, conversations, recipe.data.max_tokens)
@@ -268,24 +316,31 @@ def _too_long(texts: Texts, conversations: Mapping[str, Conversation], limit: in
 
 
 def _format_problems(recipe: Recipe, formats: Mapping[str, Format], vocabulary: Vocabulary) -> Iterator[Problem]:
-    for name in recipe.formats.train:
-        yield from prompts.prove(formats[name], vocabulary)
-    trained = [formats[name] for name in recipe.formats.train]
-    yield from prompts.clashes(trained, [formats[name] for name in recipe.formats.held_out], vocabulary)
+    trained, held_out = ([formats[name] for name in names if name in formats] for names in _sides(recipe))
+    for number, name in enumerate(recipe.formats.train):
+        for problem in prompts.prove(formats[name], vocabulary) if name in formats else ():
+            yield replace(problem, file=None, line=None, key=("formats", "train", number))
+    try:
+        clashes = prompts.clashes(trained, held_out, vocabulary)
+    except UserError as error:  # the base's template does not carry the small conversation they are compared by
+        clashes = error.problems
+    yield from (replace(problem, file=None, line=None, key=("formats", "held_out")) for problem in clashes)
 
 
-def _lint_problems(
-    recipe: Recipe,
-    conversations: Mapping[str, Conversation],
-    split: Split,
-    formats: Mapping[str, Format],
-    vocabulary: Vocabulary,
-) -> Iterator[Problem]:
-    """What lint refuses: copies, examples that stand on both sides, answers a client would cut off."""
+def _sides(recipe: Recipe) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    return recipe.formats.train, recipe.formats.held_out
+
+
+def _lint(
+    recipe: Recipe, examples: Mapping[str, Conversation], split: Split, formats: Mapping[str, Format], base: Vocabulary
+) -> tuple[list[Problem], list[Problem]]:
+    """What lint refuses (copies, both sides, answers a client would cut off), and what it warns of."""
+    if not examples:
+        return [], []
     trained = [formats[name] for name in recipe.formats.train if name in formats]
-    if conversations:
-        found = lint.refusals(conversations.values(), trained, vocabulary, split.held_out)
-        yield from (one.problem for one in found)
+    found = lint.findings(examples.values(), trained, base, split.held_out if split.train else None)
+    refused = [one.problem for one in found if one.kind == "refuse"]
+    return refused, [one.problem for one in found if one.kind == "warn"]
 
 
 def _replay(recipe: Recipe, vocabulary: Vocabulary, problems: list[Problem]) -> Iterator[Item]:

@@ -13,16 +13,16 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in ROO
 # From the ground up: a room imports only from the lines above its own. Floors 0 and 1 of the house are split where one
 # of their rooms stands on another.
 FLOORS = (
-    "errors conversation overlap format fields draw disk machine seals memory private",
+    "errors conversation overlap format fields draw disk machine seals memory chance runlength private",
     "yamlfile markdown rows masks template filling manner reading",
     "places shelf habits",
     "grammar",
     "recipe corpus prompts estimate runs curve starters world batches bases",
-    "lint",
-    "wardrobe",
-    "plan model prefix orders inventory",
-    "train speak pocket looks outlook",
-    "echo leak robustness drift plots vigil",
+    "lint rules",
+    "wardrobe evidence",
+    "plan model prefix orders inventory signs",
+    "train speak pocket looks wording ledger",
+    "echo leak robustness drift plots vigil outlook",
     "verdict report chat export hub screen preview",
     "night",
     "sweep",
