@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -125,6 +127,23 @@ def test_a_look_sees_what_training_computes(base: Path, quantization: str) -> No
     with torch.no_grad():
         trained = adapted.train()(input_ids=torch.tensor([IDS]), use_cache=False).logits[0]
     assert torch.equal(tiny.logits(adapted, IDS), trained)
+
+
+def unpacked(base: Path) -> Any:
+    """The same base with NF4's rounded weights in plain fp32 matrices."""
+    plain, packed = (model.load_base(base, setting, tiny.CPU) for setting in ("none", "nf4"))
+    for name, module in packed.named_modules():
+        if isinstance(module, Linear4bit):
+            rounded = dequantize_4bit(module.weight.data, module.weight.quant_state)
+            plain.get_submodule(name).weight.data.copy_(rounded)
+    return plain
+
+
+def test_nf4_computes_with_its_rounded_weights_and_nothing_else_is_rounded(base: Path) -> None:
+    packed, plain = tiny.adapted(base, "nf4"), model.attach(unpacked(base), tiny.SHAPE, seed=0)
+    assert torch.allclose(tiny.logits(tiny.stirred(packed), IDS), tiny.logits(tiny.stirred(plain), IDS), atol=1e-5)
+    for one, other in zip(gradients(packed), gradients(plain), strict=True):
+        assert torch.allclose(one, other, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("quantization", SETTINGS)
