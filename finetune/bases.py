@@ -22,7 +22,7 @@ from finetune.memory import GIB, Shape
 POCKET = Path(__file__).with_name("pocket_base")
 CHARACTERS = 4  # a token of the stand-in: usual for English text in vocabularies of 32,000 and more
 _INDEX, _ONE = "model.safetensors.index.json", "model.safetensors"
-_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+_SMALL = ("config.json", "tokenizer.json", "tokenizer_config.json")
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 # for a template nobody has seen: turns, and a mark that ends them
 _ANY_TEMPLATE = (
@@ -35,7 +35,7 @@ _ANY_TEMPLATE = (
 class Known:
     """What is known of a base. `counted`: the vocabulary is the base's own; else `remedy` says how to get it.
 
-    `download`: GiB still to come; None where nobody here knows. `shape_from` names the source of `shape`.
+    `download`: GiB still to come, None where nobody here knows; `download_from` and `shape_from` name the sources.
     """
 
     name: str
@@ -44,6 +44,7 @@ class Known:
     shape: Shape | None
     shape_from: str
     download: float | None = 0.0
+    download_from: str = "which is on this computer"
     cached: bool = True
     remedy: str = ""
 
@@ -76,9 +77,9 @@ def _on_hub(base: str, revision: str | None) -> Known:
         vocabulary, remedy = Vocabulary.load(folder.parent), ""
     else:
         at = f" --revision {revision}" if revision else ""
-        vocabulary, remedy = stand_in(), f"hf download {base} {' '.join(_TOKENIZER)}{at}"
-    size = _to_come(here, shape)
-    return Known(base, vocabulary, folder is not None, shape, source, size, config is not None, remedy)
+        vocabulary, remedy = stand_in(), f"hf download {base} {' '.join(_SMALL)}{at}"
+    size, why = _to_come(here, shape)
+    return Known(base, vocabulary, folder is not None, shape, source, size, why, config is not None, remedy)
 
 
 class _cached:
@@ -99,21 +100,20 @@ class _cached:
         return Path(found) if isinstance(found, str) else None
 
 
-def _to_come(here: _cached, shape: Shape | None) -> float | None:
-    """GiB of safetensors that are not in the cache yet; by the index, else two bytes a weight, else None."""
-    if here(_ONE):
-        return 0.0
-    if path := here(_INDEX):
-        index = _json(path)
-        files, total = index.get("weight_map"), index.get("metadata", {})
-        names = set(files.values()) if isinstance(files, dict) else set()
-        missing = [name for name in names if isinstance(name, str) and not here(name)]
-        size = total.get("total_size") if isinstance(total, dict) else None
-        if not missing and names:
-            return 0.0
-        if isinstance(size, (int, float)) and names:
-            return size * len(missing) / len(names) / GIB
-    return 2.0 * shape.weights / GIB if shape else None
+def _to_come(here: _cached, shape: Shape | None) -> tuple[float | None, str]:
+    """GiB of safetensors that are not in the cache yet, and how that is known."""
+    index = _json(path) if (path := here(_INDEX)) else {}
+    files, total = index.get("weight_map"), index.get("metadata")
+    names = {name for name in files.values() if isinstance(name, str)} if isinstance(files, dict) else set()
+    missing = [name for name in names if not here(name)]
+    if here(_ONE) or (names and not missing):
+        return 0.0, "which is in the cache"
+    size = total.get("total_size") if isinstance(total, dict) else None
+    if names and isinstance(size, (int, float)):
+        return size * len(missing) / len(names) / GIB, f"{len(missing)} of {len(names)} files of its index"
+    if shape:
+        return 2.0 * shape.weights / GIB, "at two bytes a weight; it is not in the cache"
+    return None, "which is not in the cache, and the network is not asked"
 
 
 def shape_of(config: Mapping[str, Any]) -> Shape | None:

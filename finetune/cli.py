@@ -5,17 +5,28 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
+import shlex
+import shutil
 import sys
+import tempfile
+import traceback
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from finetune import __version__
-from finetune.errors import UserError
+from finetune import __version__, tables
+from finetune.errors import Problem, UserError, refuse
+
+if TYPE_CHECKING:
+    from finetune.ledger import Fact
 
 app = typer.Typer(
     name="sft",
@@ -26,6 +37,9 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, as a path.")]
+Sets = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, as often as you like.")]
+_MOST = 20  # warnings shown; a dataset of a few dozen may have hundreds
 
 
 @app.callback(invoke_without_command=True)
@@ -35,14 +49,155 @@ def _door(version: Annotated[bool, typer.Option("--version", help="Print the ver
         raise typer.Exit
 
 
+@app.command(epilog="Example: sft ls formats")
+def ls(
+    kind: Annotated[str, typer.Argument(metavar="[recipes|formats|datasets|runs]", help="Only these.")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """What there is: recipes, formats, datasets, runs."""
+    from finetune import inventory
+
+    if kind and kind not in inventory.KINDS:
+        raise refuse(f"sft ls {kind}: there is no such list.", f"There is {', '.join(inventory.KINDS)}.")
+    found = {name: rows() for name, rows in inventory.KINDS.items() if kind in ("", name)}
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    for name, rows in found.items():
+        indent = "" if kind else "  "
+        if not kind:
+            _heading(f"{name} ({len(rows)})")
+        if not rows:
+            typer.echo(f"{indent}{inventory.NONE[name]}")
+        elif name == "formats" and not kind:
+            _lines(tables.wrapped(", ".join(row["name"] for row in rows), _width(), indent))
+        else:
+            lines = tables.columns([inventory.cells(name, row) for row in rows], _line_width(len(indent)))
+            _lines(indent + line for line in lines)
+
+
+@app.command(epilog="Example: sft new mine.yaml --from quickstart --with-data")
+def new(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Where the recipe goes; nothing is overwritten.")],
+    starter: Annotated[
+        str, typer.Option("--from", metavar="STARTER", help="Its name; sft ls recipes lists them.")
+    ] = "",
+    with_data: Annotated[bool, typer.Option("--with-data", help="Copy its dataset beside it, to be changed.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Copy a starter recipe. Its paths keep working, from wherever it goes."""
+    from finetune import starters
+
+    if not starter:
+        names = ", ".join(one.stem for one in starters.starters("recipes"))
+        raise refuse("sft new needs --from and the name of a starter.", f"There is {names or 'none installed'}.")
+    written = starters.copy(starters.find(starter), file, with_data)
+    if as_json:
+        typer.echo(json.dumps({"written": [str(path) for path in written]}, indent=2))
+        return
+    for path in written:
+        typer.echo(f"Wrote {tables.harmless(str(path))}")
+    typer.echo(f"Next: edit it (`sft explain` says what each line means), then sft check {shlex.quote(str(file))}")
+
+
+@app.command(epilog="Example: sft explain lora.rank")
+def explain(
+    key: Annotated[str, typer.Argument(metavar="[KEY]", help="A setting or a section; all of them otherwise.")] = "",
+    schema: Annotated[
+        bool, typer.Option("--schema", help="The JSON schema instead: save it beside a recipe, for your editor.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """What each setting means, with its type and bounds."""
+    from finetune import recipe
+
+    if schema:
+        typer.echo(json.dumps(recipe.json_schema(), indent=2))
+        return
+    found = [one for one in recipe.settings() if key in ("", one.key) or one.key.startswith(f"{key}.")]
+    if not found:
+        raise refuse(f"{tables.harmless(key)[:80]} is not a setting.", recipe.SHAPE.near(key))
+    if as_json:
+        typer.echo(json.dumps([asdict(one) for one in found], indent=2))
+        return
+    for one in found:
+        _heading(f"{one.key}: {one.default if one.default is not None else '(yours to write)'}")
+        _lines(tables.wrapped("; ".join(filter(None, (one.type, one.bounds))), _width(), "  "))
+        _lines(tables.wrapped(one.meaning, _width(), "  "))
+
+
+@app.command(epilog="Example: sft check recipes/minisymposium.yaml --gpu 12GB")
+def check(
+    recipe: RecipeFile,
+    gpu: Annotated[
+        str | None, typer.Option("--gpu", metavar="SIZE", help="Memory of the card it is meant for, such as 12GB.")
+    ] = None,
+    sets: Sets = [],  # noqa: B006  # typer reads it, nothing writes it
+    as_json: AsJson = False,
+) -> None:
+    """Before the night: all faults, then the plan.
+
+    Every fault of recipe and dataset is told at once; else every number of the run, with its reason. Loads no weights
+    and asks no network; memory and minutes are estimates.
+    """
+    from finetune import outlook
+
+    found = outlook.look(recipe, sets, gpu)
+    for problem in found.problems:
+        typer.echo(_safe(problem), err=True)
+    if as_json:
+        typer.echo(json.dumps(found.as_dict(), indent=2))
+    else:
+        _show_outlook(found.warnings, found.facts)
+        count = len(found.problems)
+        typer.echo(f"{count} to mend." if count else f"Nothing to mend. Next: sft train {shlex.quote(str(recipe))}")
+    raise typer.Exit(2 if found.problems else 0)
+
+
+def _show_outlook(warnings: Sequence[Problem], facts: Sequence[Fact]) -> None:
+    """Warnings first and the plan last, where the eye is."""
+    if warnings:
+        _heading(f"Worth a look ({len(warnings)}; none keeps a run from starting)")
+        for one in warnings[:_MOST]:
+            _lines(tables.wrapped(str(one), _width(), "  "))
+        if len(warnings) > _MOST:
+            typer.echo(f"  ... and {len(warnings) - _MOST} more: --json has them all.")
+        typer.echo()
+    for section in dict.fromkeys(fact.section for fact in facts):
+        _heading(section)
+        rows = [(fact.name, fact.shown, fact.reason) for fact in facts if fact.section == section]
+        _lines(tables.told(rows, _width()))
+        typer.echo()
+
+
+@app.command(epilog="Example: sft preview recipes/quickstart.yaml --format chatml -n 2")
+def preview(
+    recipe: RecipeFile,
+    formats: Annotated[
+        list[str], typer.Option("--format", metavar="F", help="A format, a .yaml file, or all; as often as you like.")
+    ] = [],  # noqa: B006  # typer reads it, nothing writes it
+    count: Annotated[int, typer.Option("-n", metavar="N", min=1, help="How many examples.")] = 1,
+    sets: Sets = [],  # noqa: B006
+    as_json: AsJson = False,
+) -> None:
+    """The exact tokens of an example, trained ones marked."""
+    from finetune import preview as shown
+
+    found = shown.views(recipe, sets, formats, count)
+    if as_json:
+        typer.echo(json.dumps([view.as_dict() for view in found], indent=2))
+        return
+    from rich.console import Console
+
+    shown.show(found, Console(highlight=False))
+
+
 @app.command(epilog="Example: sft train recipes/quickstart.yaml --set epochs=20 --out runs/short")
 def train(
     target: Annotated[
         str, typer.Argument(metavar="RECIPE|RUN", help="A recipe, or the folder of a run to go on with.")
     ],
-    sets: Annotated[
-        list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, as often as you like.")
-    ] = [],  # noqa: B006  # typer reads it, nothing writes it
+    sets: Sets = [],  # noqa: B006
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="The run folder; runs/<recipe> otherwise.")
     ] = None,
@@ -68,12 +223,25 @@ def train(
     from finetune import night
     from finetune.screen import Screen
 
-    outcome = night.run(task, Screen(console))
+    with _blaming(target, sets):
+        outcome = night.run(task, Screen(console))
     if as_json:
         typer.echo(json.dumps(outcome.as_dict(), indent=2))
     else:
         typer.echo(outcome.text)
     raise typer.Exit(130 if outcome.interrupted else 0)
+
+
+@contextmanager
+def _blaming(target: str, sets: list[str]) -> Iterator[None]:
+    """What blames a setting names the line where it was written, in the recipe or in the run's own."""
+    from finetune import recipe
+
+    try:
+        yield
+    except UserError as error:
+        file = Path(target) / "recipe.yaml" if Path(target).is_dir() else Path(target)
+        raise UserError(recipe.placed(error.problems, file, sets)) from error
 
 
 def _quiet_libraries() -> None:
@@ -85,19 +253,49 @@ def _quiet_libraries() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it recommends optional kernels on import
 
 
+def _heading(text: str) -> None:
+    typer.secho(text, bold=True)
+
+
+def _lines(lines: Iterable[str]) -> None:
+    for line in lines:
+        typer.echo(line)
+
+
+def _width() -> int:
+    """Columns of the terminal; 100 where there is none."""
+    return shutil.get_terminal_size((100, 24)).columns
+
+
+def _line_width(indent: int) -> int | None:
+    """Where rows are cut; nowhere if another program reads them."""
+    return _width() - indent if sys.stdout.isatty() else None
+
+
+def _safe(problem: Problem) -> str:
+    return tables.harmless(str(problem))
+
+
 def _tell(error: UserError, as_json: bool) -> None:
     if as_json:
-        problems: list[dict[str, Any]] = [
-            {"file": None if p.file is None else str(p.file), "line": p.line, "what": p.what, "remedy": p.remedy}
-            for p in error.problems
-        ]
-        typer.echo(json.dumps({"problems": problems}, indent=2))
+        typer.echo(json.dumps({"problems": [one.as_dict() for one in error.problems]}, indent=2))
     for problem in error.problems:
-        typer.echo(str(problem), err=True)
+        typer.echo(_safe(problem), err=True)
+
+
+def _tell_our_fault(error: Exception) -> None:
+    """One line, and where the rest is: a traceback says nothing to whoever only wanted to train."""
+    with tempfile.NamedTemporaryFile("w", prefix="sft-fault-", suffix=".txt", delete=False, encoding="utf-8") as file:
+        file.write("".join(traceback.format_exception(error)))
+    what = tables.harmless(f"{type(error).__name__}: {error}").splitlines()[0][:200]
+    typer.echo(f"This is a fault of sft, not yours: {what}  The traceback is in {file.name}.", err=True)
 
 
 def main() -> None:
     """Run the door; a user's mistake is a list of lines and exit 2, never a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal without ≤ or é is no reason to fall over
     try:
         app()
     except UserError as error:
@@ -108,3 +306,6 @@ def main() -> None:
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(0)
+    except Exception as error:  # whatever got here is a fault of ours, and exit 1
+        _tell_our_fault(error)
+        sys.exit(1)

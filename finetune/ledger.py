@@ -140,13 +140,8 @@ def _disk(made: Plan, known: Known) -> Iterator[Fact]:
         free = shutil.disk_usage(os.getcwd()).free / GIB
         short = "; TOO LITTLE" if free < min(wanted, limit) else ""
         yield Fact("checkpoints", min(wanted, limit), gib(min(wanted, limit)), f"{why}; {free:,.0f} GiB free{short}")
-    if known.download is None:
-        yield Fact("download", None, "unknown", f"{known.name} is not in the cache, and the network is not asked")
-    elif known.download == 0:
-        yield Fact("download", 0.0, "nothing", f"{known.name} is on this computer")
-    else:
-        why = "the base's safetensors, once" if known.cached else "two bytes a weight: the base is not in the cache"
-        yield Fact("download", known.download, gib(known.download), why)
+    shown = "unknown" if known.download is None else gib(known.download) if known.download else "nothing"
+    yield Fact("download", known.download, shown, f"{known.name}, {known.download_from}")
 
 
 # time

@@ -64,7 +64,13 @@ def look(path: Path, sets: Sequence[str] = (), gpu: str | None = None) -> Outloo
         made = plan.schedule(material)
         costs, too_much = cost_facts(made, known, room)
         facts, problems = [*_facts(made, known), *costs], [*too_much]
-    return Outlook(path, recipe.placed(problems, path, sets), recipe.placed(warnings, path, sets), facts)
+    mended = sorted(recipe.placed(problems, path, sets), key=_place)
+    return Outlook(path, mended, recipe.placed(warnings, path, sets), facts)
+
+
+def _place(one: Problem) -> tuple[str, int]:
+    """By file and line; what has none comes first."""
+    return str(one.file or ""), one.line or 0
 
 
 def gib_of(text: str) -> float:
@@ -131,7 +137,7 @@ def _top(wanted: Recipe) -> int | None:
 
 
 def _facts(made: Plan, known: Known) -> Iterator[Fact]:
-    for section, found in (("Examples", _examples), ("Training", _training), ("Split", _decides)):
+    for section, found in (("Examples", _examples), ("Training", _training), ("What the split can decide", _decides)):
         yield from (replace(fact, section=section) for fact in found(made, known))
 
 
@@ -175,9 +181,9 @@ def _training(made: Plan, known: Known) -> Iterator[Fact]:
         made.travel / estimate.travel(rate, "constant", Length(length.per_epoch, length.per_epoch * epochs))
         for rate, epochs in (_GENTLE, _HARSH)
     )
-    why = "of MiniSymposium's 1e-7 x 600 epochs, and of its overfit 1e-6 x 100, at as many steps an epoch"
+    why = "MiniSymposium's gentle run (1e-7, 600 epochs), its overfit one (1e-6, 100), at as many steps an epoch"
     ratio = {"gentle": gentle, "overfit": harsh}
-    yield Fact("beside it", ratio, f"{gentle:.3g} x, {harsh:.3g} x", why)
+    yield Fact("travel beside", ratio, f"{gentle:.3g} x, {harsh:.3g} x", why)
     yield Fact("looks", _look_epochs(made), f"{len(made.looks.light) + len(made.looks.full)}", _looks(made))
     yield from _sizes(made, known)
 
@@ -213,16 +219,15 @@ def _decides(made: Plan, known: Known) -> Iterator[Fact]:
     if n == 0:
         yield Fact("nothing", None, "nothing", "without held-out examples learning cannot be told from reciting")
         return
-    never, some = estimate.none_seen(n), estimate.paired_change(n)
-    why = f"of the cases at most, if none of the {n} shows it (Clopper-Pearson, 95 %)"
-    yield Fact("never seen", never, f"{never:.0%}", why)
+    never, some, least = estimate.none_seen(n), estimate.paired_change(n), estimate.must_improve(n)
+    why = "of all cases may show what none of the held-out examples does (Clopper-Pearson, 95 %)"
+    yield Fact(f"0 of {n}", never, f"up to {never:.0%}", why)
     if some is not None:
-        why = "of its own standard deviation: the smallest mean change of paired losses that is told from 0 (t, 95 %)"
+        why = "standard deviations of the paired differences: the smallest mean change told from none (t, 95 %)"
         yield Fact("a change", some, f"{some:.2f}", why)
-    least = estimate.must_improve(n)
-    shown, why = (f"{least} of {n}", "must improve to rule out luck, whatever the law (sign test, 95 %)")
+    shown, why = (f"{least} of {n}", "examples must improve to rule out luck, whatever the law (sign test, 95 %)")
     if least is None:
-        shown, why = "no number", f"of {n} that improve could rule out luck (sign test, 95 %)"
+        shown, why = "never", f"not even {n} of {n} that improve would rule out luck (sign test, 95 %)"
     yield Fact("a gain", least, shown, why)
     if min(n, len(made.split.train)) < lint.RESOLVED:
         why = f"below {lint.RESOLVED} on either side a good verdict is `underpowered`"

@@ -148,6 +148,15 @@ def gather(recipe: Recipe, vocabulary: Vocabulary, source: Source | None) -> Mat
     return Material(recipe, vocabulary, formats, conversations, split, texts, tuple(told), tuple(warnings))
 
 
+def examples(recipe: Recipe) -> tuple[list[Conversation], frozenset[str]]:
+    """All examples in the order they were read, and the ids of those held out. UserError with every fault of them."""
+    problems: list[Problem] = []
+    found, split = _examples(recipe, Source(), problems)
+    if problems:
+        raise UserError(problems)
+    return list(found.values()), frozenset(split.held_out)
+
+
 def schedule(material: Material) -> Plan:
     """The order of texts, the length of the run, and when it is looked at. Only of material without problems."""
     recipe, split, texts = material.recipe, material.split, material.texts

@@ -13,7 +13,7 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in ROO
 # From the ground up: a room imports only from the lines above its own. Floors 0 and 1 of the house are split where one
 # of their rooms stands on another.
 FLOORS = (
-    "errors conversation overlap format fields draw disk machine seals memory chance runlength private",
+    "errors conversation overlap format fields draw disk machine seals memory chance runlength private tables",
     "yamlfile markdown rows masks template filling manner reading",
     "places shelf habits",
     "grammar",
