@@ -106,8 +106,8 @@ def show(found: Sequence[View], console: Console) -> None:
             console.print()
         console.print(_caption(view))
         console.print(_coloured(view) if colour else _bracketed(view), soft_wrap=not console.is_terminal)
-    key = Text("trained", _TRAINED[0]) + Text(" context, not trained ") if colour else Text("⟦trained⟧ not trained ")
-    console.print(Text("\n") + key + Text("<special>", _SPECIAL if colour else "") + Text(" ↵ newline"))
+    marked = [("trained", _TRAINED[0]), " context"] if colour else ["⟦trained⟧ context"]
+    console.print(Text.assemble("\n", *marked, "  ", ("<special>", _SPECIAL if colour else ""), "  ↵ newline"))
 
 
 def _caption(view: View) -> Text:
