@@ -14,7 +14,16 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from finetune.model import bare, frozen_random_state, logits_of, working_precision
 
@@ -22,12 +31,36 @@ _HEAD_TOKENS = 512  # positions sent through the head at once: bounds the fp32 l
 
 
 @dataclass(frozen=True)
+class Sampler:
+    """How an answer is drawn. Its parts work in transformers' order: temperature, top-k, top-p, min-p."""
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+
+    def warp(self, logits: Tensor) -> Tensor:
+        """Logits (n, vocabulary) as `generate` draws from them; -inf where a token is never drawn."""
+        steps = LogitsProcessorList([TemperatureLogitsWarper(float(self.temperature))])
+        kinds = ((TopKLogitsWarper, self.top_k), (TopPLogitsWarper, self.top_p), (MinPLogitsWarper, self.min_p))
+        steps += [kind(value) for kind, value in kinds if value is not None]
+        warped: Tensor = steps(None, logits)
+        return warped
+
+
+@dataclass(frozen=True)
 class Scored:
-    """One text's supervised tokens, in order: log p (nats), greedy hits, NLL sums at temperatures."""
+    """One text's supervised tokens, in order: log p (nats), greedy hits, NLL sums at temperatures.
+
+    Where asked for: `margins`, the true token's logit minus the best other one, so top-1 minus top-2 at a hit and below
+    0 at a miss; `log_q`, nats, -inf where a sampler never draws the token.
+    """
 
     log_p: Tensor  # (T,) float32, cpu
     hits: Tensor  # (T,) bool, cpu
     nll_at: Tensor  # (temperatures,) float64 sum over tokens, cpu
+    margins: Tensor | None = None  # (T,) float32, cpu
+    log_q: Tensor | None = None  # (samplers, T) float32, cpu
 
     @property
     def nll(self) -> float:
@@ -44,6 +77,15 @@ class Answer:
     tokens: int
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """What is wanted of each position besides log p and hit."""
+
+    temperatures: Sequence[float]
+    samplers: Sequence[Sampler]
+    margins: bool
+
+
 class Speaker:
     """A loaded model with or without an adapter, and the raw tokenizer that belongs to it."""
 
@@ -58,36 +100,28 @@ class Speaker:
         masks: Sequence[Sequence[bool]],
         temperatures: Sequence[float] = (),
         base: bool = False,
+        samplers: Sequence[Sampler] = (),
+        margins: bool = False,
     ) -> list[Scored]:
         """Score the tokens where a mask is true, each given all before it. `base`: with the adapter off."""
+        asked = _Asked(temperatures, samplers, margins)
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         found: dict[int, Scored] = {}
         with self._quiet(base):
             for batch in _batches(order, [len(row) for row in ids], self._batch_tokens):
-                scored = self._score_batch([ids[i] for i in batch], [masks[i] for i in batch], temperatures)
+                scored = self._score_batch([ids[i] for i in batch], [masks[i] for i in batch], asked)
                 found.update(zip(batch, scored, strict=True))
         return [found[i] for i in range(len(ids))]
 
     def _score_batch(
-        self, ids: Sequence[Sequence[int]], masks: Sequence[Sequence[bool]], temperatures: Sequence[float]
+        self, ids: Sequence[Sequence[int]], masks: Sequence[Sequence[bool]], asked: _Asked
     ) -> Iterator[Scored]:
         inputs, attention = _pad(ids, left=False, device=self._device)
         plain = bare(self._model)
         hidden = plain.get_decoder()(input_ids=inputs, attention_mask=attention, use_cache=False).last_hidden_state
         for row, (tokens, mask) in enumerate(zip(ids, masks, strict=True)):
-            at = torch.tensor([t for t in range(1, len(tokens)) if mask[t]], device=self._device)
-            yield self._score_row(plain, hidden[row, at - 1], inputs[row, at], temperatures)
-
-    def _score_row(self, plain: Any, hidden: Tensor, targets: Tensor, temperatures: Sequence[float]) -> Scored:
-        log_p, hits, sums = [], [], torch.zeros(len(temperatures), dtype=torch.float64)
-        for start in range(0, len(targets), _HEAD_TOKENS):
-            wanted = targets[start : start + _HEAD_TOKENS]
-            logits = logits_of(plain, hidden[start : start + _HEAD_TOKENS])
-            log_p.append(_log_p(logits, wanted))
-            hits.append(logits.argmax(-1) == wanted)
-            for k, temperature in enumerate(temperatures):
-                sums[k] -= _log_p(logits / temperature, wanted).double().sum().cpu()
-        return Scored(_joined(log_p, torch.float32), _joined(hits, torch.bool), sums)
+            at = torch.tensor([t for t in range(1, len(tokens)) if mask[t]], dtype=torch.long, device=self._device)
+            yield _score_row(plain, hidden[row, at - 1], inputs[row, at], asked)
 
     def change(self, ids: Sequence[int], mask: Sequence[bool], exact: bool = False) -> float:
         """NLL with the adapter on minus off, nats per token. `exact`: all arithmetic in fp32, bf16 nowhere."""
@@ -171,8 +205,36 @@ class _Stops(StoppingCriteria):  # type: ignore[misc]  # transformers is untyped
         return torch.tensor([any(stop in text for stop in self._stops) for text in texts], device=input_ids.device)
 
 
+def _score_row(plain: Any, hidden: Tensor, targets: Tensor, asked: _Asked) -> Scored:
+    """Hidden states (T, hidden) against the tokens that follow them (T,); logits are held for a few at a time."""
+    log_p, hits, margins = [], [], []
+    sums = torch.zeros(len(asked.temperatures), dtype=torch.float64)
+    log_q: list[list[Tensor]] = [[] for _ in asked.samplers]
+    for start in range(0, len(targets), _HEAD_TOKENS):
+        wanted = targets[start : start + _HEAD_TOKENS]
+        logits = logits_of(plain, hidden[start : start + _HEAD_TOKENS])
+        log_p.append(_log_p(logits, wanted))
+        hits.append(logits.argmax(-1) == wanted)
+        for k, temperature in enumerate(asked.temperatures):
+            sums[k] -= _log_p(logits / temperature, wanted).double().sum().cpu()
+        for found, sampler in zip(log_q, asked.samplers, strict=True):
+            found.append(_log_p(sampler.warp(logits), wanted))
+        if asked.margins:
+            margins.append(_margin(logits, wanted))
+    drawn = torch.stack([_joined(found, torch.float32) for found in log_q]) if log_q else None
+    led = _joined(margins, torch.float32) if asked.margins else None
+    return Scored(_joined(log_p, torch.float32), _joined(hits, torch.bool), sums, led, drawn)
+
+
 def _log_p(logits: Tensor, wanted: Tensor) -> Tensor:
     return torch.log_softmax(logits, -1).gather(-1, wanted[:, None])[:, 0]
+
+
+def _margin(logits: Tensor, wanted: Tensor) -> Tensor:
+    """(n,) the wanted logit minus the highest of the others."""
+    best, at = logits.topk(2, -1)
+    other = torch.where(at[:, 0] == wanted, best[:, 1], best[:, 0])
+    return logits.gather(-1, wanted[:, None])[:, 0] - other
 
 
 def _joined(parts: list[Tensor], dtype: torch.dtype) -> Tensor:
