@@ -33,6 +33,12 @@ def words(text: str) -> list[str]:
     return _WORD.findall(unicodedata.normalize("NFKC", text).casefold().replace("\u2019", "'"))
 
 
+def placed(text: str) -> list[tuple[str, int, int]]:
+    """The same words, each with the characters `[start, stop)` of the text that it stands on."""
+    found = _WORD.finditer(text.replace("\u2019", "'"))
+    return [(unicodedata.normalize("NFKC", one.group()).casefold(), *one.span()) for one in found]
+
+
 def shingles(items: Sequence[str], size: int = 3) -> frozenset[tuple[str, ...]]:
     """All runs of `size` neighbours; of a shorter list the whole, of an empty one nothing."""
     if len(items) <= size:
