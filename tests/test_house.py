@@ -14,14 +14,14 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in ROO
 # of their rooms stands on another.
 FLOORS = (
     "errors conversation overlap format fields draw disk machine seals memory chance runlength private tables",
-    "yamlfile markdown rows masks template filling manner reading",
-    "places shelf habits",
+    "yamlfile markdown rows masks template filling manner reading formula regroup",
+    "places shelf habits passage",
     "grammar",
     "recipe corpus prompts estimate runs curve starters world batches bases",
     "lint rules",
     "wardrobe evidence",
-    "plan model prefix orders inventory signs",
-    "train speak pocket looks wording ledger",
+    "plan model prefix orders inventory signs heard",
+    "train speak pocket looks wording ledger byheart",
     "echo leak robustness drift plots vigil outlook",
     "verdict report chat export hub screen preview",
     "night",
