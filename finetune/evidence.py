@@ -27,6 +27,7 @@ from finetune import regroup
 Row = Mapping[str, Any]
 Values = Mapping[str, float]  # example id to one measure; lower is better
 Found = Literal["none", "single", "confirmed"]
+_HEARD = ("echo_whole", "long", "windows")  # all None: too short to be asked, or not measured
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,7 @@ class _Shelf:
     def echoed(self) -> list[Row]:
         """Rows in which echo was measured, in time; at one step the free map's before a look's, which knows better."""
         first = self.setting.first_format
-        rows = [row for row in self.examples if row["step"] > 0 and "echo_whole" in row]
+        rows = [row for row in self.examples if row["step"] > 0 and any(row.get(key) is not None for key in _HEARD)]
         fits = [row for row in rows if row.get("map") == "free" or row["format"] == first]
         return sorted(fits, key=lambda row: (row["step"], row.get("map") != "free"))
 

@@ -438,6 +438,17 @@ def test_the_free_map_counts_between_looks() -> None:
     assert facts[-1].echo.epoch == 5.0
 
 
+def test_a_row_that_measured_no_echo_hides_none() -> None:
+    unheard: dict[str, Any] = {"echo_whole": None, "long": None, "windows": None, "map": "free"}
+    rows = [*examples(LEARNING), example(40, 0, 0.1, "train", echo_whole=True), example(60, 0, 0.1, "train", **unheard)]
+    rows = [row for row in rows if row["split"] != "train" or row["step"] in (40, 60)]
+    rows = [row for row in rows if row["id"] != "train-0" or row.get("echo_whole") is not False]
+    facts = evidence.facts(metrics(), rows, [], SETTING)
+    assert facts[-1].echo is not None
+    assert facts[-1].echo.whole == Count(1, 20)
+    assert facts[-1].echo.epoch == 4.0
+
+
 def test_echoes_in_other_formats_are_not_in_the_census() -> None:
     rows = [*examples(LEARNING), example(60, 0, 0.1, "train", format="alpaca", echo_whole=True)]
     assert run(rows).verdict == "ok"
