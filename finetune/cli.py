@@ -16,7 +16,7 @@ import tempfile
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -159,7 +159,7 @@ def _show_outlook(warnings: Sequence[Problem], facts: Sequence[Fact]) -> None:
     if warnings:
         _heading(f"Worth a look ({len(warnings)}; none keeps a run from starting)")
         for one in warnings[:_MOST]:
-            _lines(tables.wrapped(str(one), _width(), "  "))
+            _lines(tables.wrapped(_safe(one), _width(), "  "))
         if len(warnings) > _MOST:
             typer.echo(f"  ... and {len(warnings) - _MOST} more: --json has them all.")
         typer.echo()
@@ -273,6 +273,10 @@ def _line_width(indent: int) -> int | None:
 
 
 def _safe(problem: Problem) -> str:
+    """As a line for a terminal; what lies below the working folder is named from there."""
+    file = problem.file
+    if file is not None and os.path.isabs(file) and Path(file).is_relative_to(Path.cwd()):
+        problem = replace(problem, file=Path(file).relative_to(Path.cwd()))
     return tables.harmless(str(problem))
 
 

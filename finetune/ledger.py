@@ -134,7 +134,7 @@ def _disk(made: Plan, known: Known) -> Iterator[Fact]:
         adapter = 4.0 * load.adapter / GIB
         state = next(line.gib for line in memory.bill(load) if line.name == "optimizer")
         wanted = (looks + 2) * adapter + 2 * state
-        why = f"two checkpoints of {gib(adapter + state)}, and the adapter alone ({gib(adapter)}) of {looks} looks"
+        why = f"two checkpoints of {gib(adapter + state)}, and the adapter alone ({gib(adapter)}) at {looks} looks"
         if wanted > limit:
             why += f"; older ones go first to keep watch.keep.max_gib {limit:g}"
         free = shutil.disk_usage(os.getcwd()).free / GIB
@@ -162,10 +162,12 @@ def _minutes(made: Plan, known: Known) -> Iterator[Fact]:
         again = not small and made.recipe.machine.activation_checkpointing is not False
         seconds = memory.training_flops(load.shape, tokens, again) / (_CPU if small else _CARD)
         at = f"{_CPU / 1e9:g} GFLOP/s, two CPU cores" if small else f"{_CARD / 1e12:g} TFLOP/s, a consumer card"
-        yield Fact("time", seconds / 60, f"~{_time(seconds / 60)}", f"a guess: {tokens:,} tokens at {at}{looks}")
+        yield Fact("time", seconds / 60, f"~ {_time(seconds / 60)}", f"a guess: {tokens:,} tokens at {at}{looks}")
 
 
 def _time(minutes: float) -> str:
+    if minutes < 1:
+        return "under a minute"
     return f"{minutes:.0f} min" if minutes < 100 else f"{minutes / 60:.1f} hours"
 
 

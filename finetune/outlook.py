@@ -64,13 +64,8 @@ def look(path: Path, sets: Sequence[str] = (), gpu: str | None = None) -> Outloo
         made = plan.schedule(material)
         costs, too_much = cost_facts(made, known, room)
         facts, problems = [*_facts(made, known), *costs], [*too_much]
-    mended = sorted(recipe.placed(problems, path, sets), key=_place)
-    return Outlook(path, mended, recipe.placed(warnings, path, sets), facts)
-
-
-def _place(one: Problem) -> tuple[str, int]:
-    """By file and line; what has none comes first."""
-    return str(one.file or ""), one.line or 0
+    told = sorted(recipe.placed(problems, path, sets), key=lambda one: (one.file != path, str(one.file), one.line or 0))
+    return Outlook(path, told, recipe.placed(warnings, path, sets), facts)
 
 
 def gib_of(text: str) -> float:
