@@ -186,7 +186,7 @@ class NightTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped
             hidden = plain.get_decoder()(**inputs, use_cache=False).last_hidden_state[:, :-1][wanted]
             total = summed_nll(plain, hidden, labels[wanted])
         loss: Tensor = total / (wanted.sum() if num_items_in_batch is None else num_items_in_batch)
-        return loss
+        return loss if loss.requires_grad else loss.requires_grad_()  # stochastic depth may skip every trained layer
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """One row a step to the watcher; nothing stays in the trainer's state, which every checkpoint would repeat."""
