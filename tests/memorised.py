@@ -10,11 +10,13 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tiny
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from finetune import runlength
 from finetune.speak import Sampler, Speaker
 
 PROMPT = 6  # tokens
@@ -88,6 +90,17 @@ def drawn(net: Any, prefix: Sequence[int], suffix: Sequence[int], sampler: Sampl
         )
         found += int((out[:, len(prefix) :] == torch.tensor(list(suffix))).all(1).sum())
     return found
+
+
+def likely(made: Learner, sampler: Sampler, size: int) -> list[tuple[int, int, float]]:
+    """(text, first token, p_z) of the windows of `size` tokens that are neither certain nor hopeless."""
+    found = []
+    for row, score in enumerate(made.speaker.score(made.texts, made.masks, samplers=[sampler])):
+        assert score.log_q is not None
+        windows = runlength.of_tokens(np.zeros(len(score.hits), dtype=np.int64), size)
+        totals = np.exp(runlength.totals(score.log_q[0].double().numpy(), windows))
+        found += [(row, PROMPT + int(at), float(p)) for at, p in zip(windows.starts, totals, strict=True)]
+    return [one for one in found if 0.02 < one[2] < 0.95]
 
 
 def _settings(new: int) -> dict[str, Any]:

@@ -559,23 +559,9 @@ def test_log_q_is_what_generate_draws_from(learners: dict[str, Learner], sampler
 @pytest.mark.parametrize("sampler", [SAMPLERS[0], SAMPLERS[-1]], ids=str)
 def test_p_z_is_the_chance_of_real_draws(learners: dict[str, Learner], sampler: Sampler) -> None:
     made = learners["qwen2"]
-    for row, start, suffix in likely(made, sampler, 2):
-        p = np.exp(suffix)
+    for row, start, p in memorised.likely(made, sampler, 6)[::9][:2]:
         count = memorised.drawn(made.net, made.texts[row][:start], made.texts[row][start : start + 6], sampler, 2000)
         assert memorised.two_sided(count, 2000, p) > 1e-5, (row, start, p, count)
-
-
-def likely(made: Learner, sampler: Sampler, count: int) -> list[tuple[int, int, float]]:
-    """(text, first token, log p_z) of some windows of 6 tokens that are neither certain nor hopeless."""
-    torch.manual_seed(0)
-    scores = made.speaker.score(made.texts, made.masks, samplers=[sampler])
-    found = []
-    for row, score in enumerate(scores):
-        parts = np.zeros(len(score.hits), dtype=np.int64)
-        windows = runlength.of_tokens(parts, 6)
-        totals = runlength.totals(score.log_q[0].double().numpy(), windows)
-        found += [(row, PROMPT + int(a), float(one)) for a, one in zip(windows.starts, totals, strict=True)]
-    return [one for one in found if -3 < one[2] < -0.1][:: max(1, len(found) // 40)][:count]
 
 
 def test_margins_tell_the_hit_and_nothing_unasked_is_computed(learners: dict[str, Learner]) -> None:
