@@ -246,7 +246,7 @@ def test_activation_checkpointing_gives_the_same_loss(base: Path, tmp_path: Path
         with counted(net) as found:
             _, rows = tiny.trained(base, job, net)
         told.append(([row["loss"] for row in rows], [row["grad_norm"] for row in rows]))
-        assert found["inside"] == (12 if checkpointing else 6)
+        assert (found["inside"] > 6) == checkpointing  # a skipped layer is not computed again
     assert told[0][0] == pytest.approx(told[1][0], rel=1e-6)
     assert told[0][1] == pytest.approx(told[1][1], rel=1e-5)
 
