@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from finetune import memory
 from finetune.errors import Problem, UserError, refuse
@@ -152,7 +152,7 @@ def lora_problems(shape: Shape | None, targets: tuple[str, ...], top: int | None
 def stand_in() -> Vocabulary:
     """A vocabulary that counts: every four characters are one token, with BOS, EOS and a simple chat template."""
     counter = Tokenizer(models.WordLevel({"?": 0, "<s>": 1, "</s>": 2}, unk_token="?"))  # type: ignore[no-untyped-call,unused-ignore]
-    counter.pre_tokenizer = pre_tokenizers.Split(Regex(rf"[\s\S]{{1,{CHARACTERS}}}"), "isolated")
+    counter.pre_tokenizer = pre_tokenizers.FixedLength(length=CHARACTERS)
     counter.add_special_tokens(["<s>", "</s>"])
     return Vocabulary.of(counter, "<s>", "</s>", _ANY_TEMPLATE)
 
