@@ -43,7 +43,7 @@ def base(folder: Path, kind: str = "llama", dtype: torch.dtype = torch.float32, 
     torch.manual_seed(0)
     made = kind_of_model(
         config(
-            vocab_size=512,
+            vocab_size=258,
             hidden_size=64,
             intermediate_size=128,
             num_hidden_layers=layers,
