@@ -20,6 +20,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from finetune.tables import harmless
+
 BLOCKS = "▁▂▃▄▅▆▇█"
 _PLAIN_EVERY = 10.0  # seconds between two plain lines; looks are always told
 
@@ -105,6 +107,7 @@ class Screen:
 
     def look(self, rows: Sequence[Mapping[str, Any]], samples: Sequence[Mapping[str, Any]]) -> None:
         """One look: its rows, and answers written at it. The first row of the held-out split is the one drawn."""
+        samples = [{**one, **{key: harmless(one[key]) for key in ("prompt", "answer")}} for one in samples]
         row = next((row for row in rows if row["split"] == "held_out"), None)
         if row is not None:
             self._state.look = row
@@ -117,7 +120,7 @@ class Screen:
 
     def say(self, text: str) -> None:
         """One line that matters."""
-        self._state.note = text
+        self._state.note = text = harmless(text)
         if self._live is None:
             self._console.print(escape(text), highlight=False, soft_wrap=True)
         self._refresh()
