@@ -5,6 +5,7 @@ All that is wrong is told at once. No torch; the network only when asked to fetc
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -33,6 +34,7 @@ class Texts:
     """
 
     wardrobe: Wardrobe
+    whole: Mapping[tuple[str, str], Item]  # what is trained, before goldfish takes tokens out of the loss
     held_out: Mapping[tuple[str, str], Item]
     twins: Mapping[tuple[str, str], Item]
     replay: tuple[Item, ...] = ()
@@ -76,6 +78,15 @@ class Plan:
         """Tokens of the longest text that is trained on."""
         return self.texts.longest()
 
+    def fingerprint(self) -> str:
+        """sha256 over every token and mask that is trained or measured, in listed formats."""
+        digest = hashlib.sha256()
+        for group in (self.texts.trained, self.texts.held_out, self.texts.twins):
+            for key, item in sorted(group.items()):
+                digest.update(repr((key, item.ids, item.trained)).encode())
+        digest.update(repr(self.texts.replay).encode())
+        return digest.hexdigest()
+
     def answer_limit(self) -> int:
         """Tokens a sampled answer may have: a quarter more than the longest that is taught, at most 512."""
         return min(512, 1 + max(5 * item.supervised // 4 for item in self.texts.trained.values()))
@@ -84,8 +95,10 @@ class Plan:
         """What a look measures: held-out in one format; a full one also train, twins, and held-out in every format."""
         first = self.first_format
         wanted = [("held_out", first, self.texts.held_out)]
+        if full or not self.texts.held_out:
+            wanted += [("train", first, self.texts.whole)]
         if full:
-            wanted += [("train", first, self.texts.trained), ("twin", first, self.texts.twins)]
+            wanted += [("twin", first, self.texts.twins)]
             wanted += [("held_out", name, self.texts.held_out) for name in self.formats if name != first]
         return [group for split, name, items in wanted if (group := self._group(split, name, items))]
 
@@ -286,10 +299,11 @@ def _texts(
                     problems.extend(error.problems)
         return found
 
-    examples = {name: conversations[name] for name in split.train}
-    wardrobe = _wardrobe(recipe, formats, examples, items(split.train, trained), vocabulary)
+    examples, whole = {name: conversations[name] for name in split.train}, items(split.train, trained)
+    wardrobe = _wardrobe(recipe, formats, examples, whole, vocabulary)
     texts = Texts(
         wardrobe,
+        whole,
         items(split.held_out, formats),
         items([name for name in split.twins if name in conversations], dict([*formats.items()][:1]), twin=True),
         tuple(_replay(recipe, vocabulary, problems)),
@@ -365,7 +379,7 @@ def _replay(recipe: Recipe, vocabulary: Vocabulary, problems: list[Problem]) -> 
             if len(ids) > limit:
                 what = f"a replayed text has {len(ids)} tokens, more than data.max_tokens {limit}."
                 problems.append(Problem(what, "Split it in two.", file, line))
-            trained = (vocabulary.bos_id is None, *(True,) * (len(ids) - 1))
+            trained = (False, *(True,) * (len(ids) - 1))  # the first token is given, never foretold
             yield Item(f"{file.name}:{line}", "", tuple(ids), trained)
     if not files:
         problems.append(Problem("data.replay.path holds no .txt or .jsonl.", "Put general text there.", path))
@@ -384,11 +398,12 @@ def _replay_texts(file: Path, problems: list[Problem]) -> Iterator[tuple[int, st
     if file.suffix != ".jsonl":
         yield from [(1, whole)] if whole.strip() else []
         return
-    for line, row in enumerate(whole.splitlines(), start=1):
+    for line, row in enumerate(whole.split("\n"), start=1):  # splitlines would also cut at U+2028, inside a text
         try:
             text = json.loads(row)["text"] if row.strip() else ""
         except (ValueError, TypeError, KeyError):
+            text = None
+        if not isinstance(text, str):
             problems.append(Problem("this is no row with `text`.", 'Write {"text": "..."}.', file, line))
-            continue
-        if isinstance(text, str) and text.strip():
+        elif text.strip():
             yield line, text
