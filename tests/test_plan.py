@@ -161,17 +161,15 @@ def test_a_recorded_example_that_is_gone_is_refused(tmp_path: Path) -> None:
 # --- what is planned
 
 
-def test_planned_numbers_have_reasons(tmp_path: Path) -> None:
-    from finetune import night
-
+def test_planned_numbers_are_those_of_the_recipe(tmp_path: Path) -> None:
     found = made(small.recipe(tmp_path, optimizer={"learning_rate": 1e-3, "schedule": "cosine"}))
     assert (found.length.per_epoch, found.length.total) == (3, 12)  # six texts, two a step, four epochs
     assert found.travel == pytest.approx(estimate.travel(1e-3, "cosine", found.length))
-    numbers = night._derived(found)
-    assert {"steps", "travel", "micro_batch", "accumulation", "looks"} <= set(numbers)
-    assert all(len(derived.reason) > 10 for derived in numbers.values())
-    assert numbers["steps"].value == 12
-    assert "6 texts an epoch" in numbers["steps"].reason
+    assert found.micro_batch == 2
+    assert found.looks == estimate.Looks((), (2, 4), "every 2 epochs, as the recipe says")
+    auto = made(small.recipe(tmp_path, epochs=200, watch={"every": "auto", "budget": 0.1})).looks
+    assert "% of the work of training" in auto.reason
+    assert auto.full[-1] == 200
 
 
 def test_a_plan_of_the_same_recipe_is_the_same(tmp_path: Path) -> None:
