@@ -77,7 +77,7 @@ class Epochs:
 
     def _order(self, epoch: int) -> list[Item]:
         """The items of an epoch, counted from 0, in training order."""
-        rows = self._own(epoch) + seeded(self._seed, "replay", epoch).sample(self._replay, self._replayed)
+        rows = self._own(epoch) + _drawn(seeded(self._seed, "replay", epoch), self._replay, self._replayed)
         if self._shuffle != "never":
             seeded(self._seed, "order", 0 if self._shuffle == "once" else epoch).shuffle(rows)
             return [item for batch in _chunks(rows, self._batch_size) for item in sorted(batch, key=_length)]
@@ -90,7 +90,13 @@ def _replay_rows(own: Sequence[Item], replay: Sequence[Item], share: float) -> i
         return 0
     wanted = share / (1 - share) * sum(item.supervised for item in own)
     mean = sum(item.supervised for item in replay) / len(replay)
-    return min(len(replay), max(1, round(wanted / mean)))
+    return max(1, round(wanted / mean))
+
+
+def _drawn(draw: random.Random, texts: Sequence[Item], count: int) -> list[Item]:
+    """`count` texts: all of them as often as they fit in, then some; none comes twice before all have come once."""
+    whole, rest = divmod(count, max(len(texts), 1))
+    return [*texts] * whole + draw.sample(texts, rest)
 
 
 def _length(item: Item) -> int:

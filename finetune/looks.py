@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from finetune.batches import Group
-from finetune.model import Movement
 
 # where the best single temperature is looked for; 1 is among them
 TEMPERATURES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.4, 1.6, 1.8, 2.0)
@@ -28,6 +27,15 @@ class Score(Protocol):
     def hits(self) -> Any: ...
     @property
     def nll_at(self) -> Any: ...
+
+
+class Movement(Protocol):
+    """How far an adapter is from its start, as model counts it."""
+
+    @property
+    def share(self) -> float: ...
+    @property
+    def distance(self) -> float: ...
 
 
 class Speaks(Protocol):
@@ -103,19 +111,19 @@ class Alive:
     """Whether an adapter moved and is felt: the change of NLL it makes, in the run's precision and in fp32."""
 
     share: float  # of lora_A entries that differ from the start
-    per_travel: float  # mean change of an entry / travel: at most about 1 for AdamW
+    per_travel: float | None  # mean change of an entry / travel: at most about 1 for AdamW; None before any travel
     gradient_over_eps: float | None  # median rms(gradient) / eps; near 1 or below, eps swallows the step
-    change: float  # nats per token, negative is better
-    change_fp32: float
+    change: float | None  # nats per token, negative is better
+    change_fp32: float | None  # None where the base itself is bf16 or int8: no fp32 forward can be had
 
 
-def dead(alive: Alive, steps: int) -> str | None:
-    """Why an adapter is not worth a night, or None. Judged after 50 steps: at step 1 lora_A cannot move, for B is 0."""
-    if steps < 50 or alive.share >= 0.9:
+def dead(share: float, gradient: float | None, steps: int) -> str | None:
+    """Why an adapter is not worth a night, or None, by the share of lora_A that moved and rms(gradient) / eps."""
+    if share >= 0.9:
         return None
-    weak = alive.gradient_over_eps is not None and alive.gradient_over_eps < 10
-    cause = f" The gradient is only {alive.gradient_over_eps:.1f} x eps: AdamW's eps swallows it." if weak else ""
-    return f"After {steps} steps only {alive.share:.1%} of lora_A has moved.{cause}"
+    weak = gradient is not None and gradient < 10
+    cause = f" The gradient is only {gradient:.1f} x eps: AdamW's eps swallows it." if weak else ""
+    return f"After {steps} steps only {share:.1%} of lora_A has moved.{cause}"
 
 
 def summary(found: Mapping[str, Any]) -> str:

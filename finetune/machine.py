@@ -1,4 +1,4 @@
-"""The machine and its libraries, as run.json records them. Imports no library; no name of host or user, no path."""
+"""What run.json records: machine, libraries, numbers with reasons. Imports no library; no host, user or path in it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import sys
+from dataclasses import dataclass
 from typing import Any
 
 _OURS = (
@@ -19,6 +20,14 @@ _OURS = (
     "accelerate",
     "tokenizers",
 )
+
+
+@dataclass(frozen=True)
+class Derived:
+    """A number worked out for the user, with its reason; run.json holds both."""
+
+    value: Any
+    reason: str
 
 
 def environment() -> dict[str, Any]:

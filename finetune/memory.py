@@ -13,7 +13,7 @@ GIB = 2**30
 # nf4, double quantised [Dettmers et al. 2023]: 4 bits, one byte for 64 weights, one fp32 for 256 of those bytes
 BYTES_A_WEIGHT = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0, "none": 2.0}
 _OPTIMIZER = {"adamw": 8.0, "adamw_8bit": 2.0, "paged_adamw_8bit": 2.0}  # bytes a trained weight: two moments
-_TILE = (4096, 32768)  # tokens and vocabulary of the head's tile: trl 1.16, kernels/chunked_logprob.py
+_HEAD_BYTES, _A_LOGIT = 2**28, 14  # held at once for logits; bytes each: bf16, fp32, log p, gradient
 _CONTEXT = 0.6  # GiB of a CUDA context, its libraries' workspaces and loose blocks: a guess
 MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -118,9 +118,14 @@ def _bytes(load: Load) -> Iterator[tuple[str, float, str]]:
     largest = max(a * b for a, b in shape.matrices.values())
     if load.quantization != "none":
         yield "one matrix in bf16", 2.0 * largest, f"the largest has {short(largest)} weights, unpacked when used"
-    tile = min(load.tokens, _TILE[0]), min(shape.vocabulary, _TILE[1])
-    yield "logits", 4.0 * tile[0] * tile[1], f"a tile of {tile[0]:,} tokens x {tile[1]:,}, there and back"
+    held = min(load.tokens, head_tokens(shape.vocabulary))
+    yield "logits", float(_A_LOGIT * held * shape.vocabulary), f"{held:,} tokens x {shape.vocabulary:,} at once"
     yield "CUDA", _CONTEXT * GIB, "context, workspaces, loose blocks: a guess"
+
+
+def head_tokens(vocabulary: int) -> int:
+    """Positions whose logits training holds at once: a quarter of a GiB of them, at least 64."""
+    return max(64, _HEAD_BYTES // (_A_LOGIT * vocabulary))
 
 
 def activations(load: Load) -> float:

@@ -19,15 +19,18 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.utils import logging as talk
 
-from finetune.errors import refuse
+from finetune import disk
+from finetune.errors import Problem, UserError, refuse
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 POCKET = Path(__file__).with_name("pocket_base")
+_NOT_BASE = ["consolidated*", "*/*"]  # the same weights once more, in other layouts
 _BASE_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model"]
 
 
@@ -37,6 +40,7 @@ class Base:
 
     name: str
     folder: Path
+    commit: str | None = None  # of the Hub's repository
 
 
 def find_base(base: str, revision: str | None = None) -> Base:
@@ -46,27 +50,33 @@ def find_base(base: str, revision: str | None = None) -> Base:
     if Path(base).is_dir():
         return Base(Path(base).resolve().name, Path(base))
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
-        return Base(base, Path(snapshot_download(base, revision=revision, allow_patterns=_BASE_FILES)))
+        found = snapshot_download(base, revision=revision, allow_patterns=_BASE_FILES, ignore_patterns=_NOT_BASE)
     except GatedRepoError:
-        raise refuse(f"base: {base} is gated.", "Accept its licence on its page, then run `hf auth login`.") from None
-    except RepositoryNotFoundError:
-        raise refuse(
-            f"base: {base} is not on the Hub, or is private.", "Check the name or run `hf auth login`."
-        ) from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as fault:
+        raise _no_base(base, "is gated", "Accept its licence on its page, then run `hf auth login`.") from None
+    except RevisionNotFoundError:
+        raise _no_base(base, f"has no revision {revision}", "Name a branch, tag or commit it has.") from None
+    except (RepositoryNotFoundError, HFValidationError):
+        raise _no_base(base, "is not on the Hub, or is private", "Check the name or run `hf auth login`.") from None
+    except Exception as fault:  # the client and its transport raise many kinds; each means: not fetched
+        if disk.is_full(fault, Path.home()):
+            raise _no_base(base, "does not fit on the disk", "Free some space in the Hub's cache folder.") from fault
         remedy = "Check the connection and start again, or name a folder, or `base: pocket`."
-        raise refuse(f"base: {base} could not be fetched ({type(fault).__name__}).", remedy) from None
+        raise _no_base(base, f"could not be fetched ({type(fault).__name__})", remedy) from fault
+    return Base(base, Path(found), Path(found).name)
+
+
+def _no_base(base: str, what: str, remedy: str) -> UserError:
+    return UserError(Problem(f"base: {base} {what}.", remedy, key=("base",)))
 
 
 def fingerprint(folder: Path) -> str:
-    """sha256 over a base's configuration, tokenizer, and the names and sizes of its weight files."""
+    """sha256 over a base's text files (configuration, tokenizer, template) and the names and sizes of its weights."""
     digest = hashlib.sha256()
-    for name in ("config.json", "tokenizer.json"):
-        if (folder / name).is_file():
-            digest.update((folder / name).read_bytes())
+    for path in sorted((*folder.glob("*.json"), *folder.glob("*.jinja"))):
+        digest.update(path.name.encode() + path.read_bytes())
     for path in sorted(folder.glob("*.safetensors")):
         digest.update(f"{path.name} {path.stat().st_size}".encode())
     return digest.hexdigest()
@@ -124,7 +134,7 @@ def load_base(folder: Path, quantization: str, device: torch.device) -> Any:
             use_safetensors=True,
             attn_implementation="sdpa",
         )
-    except (OSError, ValueError) as fault:
+    except (OSError, ValueError, SafetensorError) as fault:
         what = f"base: {folder.name} cannot be loaded: {str(fault).splitlines()[0]}"
         raise refuse(what, "It needs a config.json and the safetensors of a causal language model.") from fault
     model.requires_grad_(False)
@@ -169,7 +179,11 @@ def bare(model: Any) -> Any:
 
 def logits_of(plain: Any, hidden: Tensor) -> Tensor:
     """Last hidden states (n, hidden) to fp32 logits (n, vocabulary), as the model's own forward makes them."""
-    logits: Tensor = plain.get_output_embeddings()(hidden).float()
+    head = plain.get_output_embeddings()
+    weight, bias = head.weight, head.bias
+    if not torch.is_autocast_enabled(hidden.device.type):  # autocast finds the dtype by itself, without an fp32 copy
+        weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
+    logits: Tensor = nn.functional.linear(hidden, weight, bias).float()
     cap = getattr(plain.config.get_text_config(), "final_logit_softcapping", None)  # Gemma 2 and later
     return logits if cap is None else torch.tanh(logits / cap) * cap
 
@@ -195,11 +209,6 @@ def decoder_layers(model: Any) -> nn.ModuleList:
             f"base: {type(model).__name__} has no stack of decoder layers.", "Use a decoder-only language model."
         )
     return stacks[0]
-
-
-def count_layers(folder: Path) -> int:
-    """Number of decoder layers, from config.json alone."""
-    return int(AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config().num_hidden_layers)
 
 
 @dataclass(frozen=True)
@@ -230,8 +239,15 @@ def attach(model: Any, shape: LoraShape, seed: int) -> Any:
     )
     torch.manual_seed(seed)
     adapted = get_peft_model(model, config)
+    for module in _adapted(adapted):
+        module.base_layer.register_forward_hook(lambda _module, _given, output: output.float())
     assert_fp32_adapter(adapted)
     return adapted.train()  # every module alike, so that a look that restores the mode changes nothing
+
+
+def _adapted(model: nn.Module) -> list[Any]:
+    """The linear layers an adapter adds to: PEFT adds in the dtype of the base's output, so that must be fp32."""
+    return [module for module in model.modules() if hasattr(module, "lora_A") and hasattr(module, "base_layer")]
 
 
 def _refuse_unknown_targets(model: nn.Module, targets: Iterable[str]) -> None:
@@ -257,13 +273,13 @@ def assert_fp32_adapter(model: nn.Module) -> None:
 
 
 def assert_fp32_residual(model: Any) -> None:
-    """One forward of one token: every layer's output must be fp32 under the working precision. Errors: RuntimeError."""
+    """One forward of one token: outputs of layers and adapted matrices must be fp32. Errors: RuntimeError."""
     seen: list[torch.dtype] = []
 
     def record(_module: nn.Module, _given: Any, output: Any) -> None:
         seen.append((output[0] if isinstance(output, tuple) else output).dtype)
 
-    hooks = [layer.register_forward_hook(record) for layer in decoder_layers(model)]
+    hooks = [module.register_forward_hook(record) for module in (*decoder_layers(model), *_adapted(model))]
     device = next(model.parameters()).device
     try:
         with frozen_random_state(), torch.no_grad(), working_precision(device):
@@ -299,11 +315,6 @@ def read_weights(model: Any, folder: Path) -> None:
         )
     set_peft_model_state_dict(model, given)
     assert_fp32_adapter(model)
-
-
-def open_adapter(model: Any, folder: Path) -> Any:
-    """A PeftModel of an adapter on disk, fp32, for looking and talking only."""
-    return PeftModel.from_pretrained(model, str(folder), is_trainable=False)
 
 
 @contextmanager

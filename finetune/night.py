@@ -22,9 +22,10 @@ from typing import Any
 from finetune import __version__, corpus, machine, model, plan, recipe, runs, train
 from finetune.corpus import Split
 from finetune.errors import UserError, refuse
+from finetune.machine import Derived
 from finetune.orders import Task
 from finetune.plan import Plan
-from finetune.runs import Derived, RunFolder
+from finetune.runs import RunFolder
 from finetune.screen import Headline, Screen
 from finetune.speak import Speaker
 from finetune.train import Job, Progress
@@ -49,16 +50,16 @@ def run(task: Task, screen: Screen, save_every: float | None = None) -> Outcome:
     """Carry out a task. Errors: UserError with every problem; an interruption is an outcome, not an error."""
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise refuse("sft trains in one process.", "Start it without torchrun or accelerate launch.")
-    with task.run.lock(), _library_talk_into(task.run.log):
+    with task.run.lock(), _library_talk_into(task.run):
         if task.is_finished():
             return _outcome(task)
         try:
             return _spend(task, screen, save_every)
         except UserError as error:
-            _log(task.run.log, str(error))
+            task.run.note(str(error))
             raise
         except Exception:
-            _log(task.run.log, traceback.format_exc())
+            task.run.note(traceback.format_exc())
             raise
 
 
@@ -72,15 +73,31 @@ class _Loaded:
 
 
 def _spend(task: Task, screen: Screen, save_every: float | None) -> Outcome:
-    base = model.find_base(task.recipe.base, task.recipe.revision)
-    made = _plan(task, base.folder)
-    looks = _begin(task, made, base.folder)
+    known = runs.read_json(task.run.run_json) if task.going_on else {}
+    base = model.find_base(task.recipe.base, known.get("commit") or task.recipe.revision)
+    made = _plan(task, base.folder, known)
+    looks = _begin(task, made, base, known)
     if remark := model.device_remark():
         screen.say(remark)
     screen.say(f"Loading {base.name} ({task.recipe.quantization}).")
+    longest = max(made.texts.trained.values(), key=lambda item: len(item.ids))
+    with train.memory_faults(f"{longest.example} with {len(longest.ids)} tokens", _remedies(task, made)):
+        return _watched(task, made, looks, base, screen, save_every)
+
+
+def _remedies(task: Task, made: Plan) -> list[str]:
+    """What to change when memory runs out, the cheapest first."""
+    told = [] if task.recipe.machine.activation_checkpointing is True else ["machine.activation_checkpointing: true"]
+    told += ["machine.micro_batch: 1"] if made.micro_batch > 1 else []
+    return [*told, "shorter examples", "lora.layers: {top: 8}", "quantization: nf4"]
+
+
+def _watched(
+    task: Task, made: Plan, looks: LookPlan, base: model.Base, screen: Screen, save_every: float | None
+) -> Outcome:
     loaded = _load(task, base)
     speaker = Speaker(loaded.model, made.vocabulary.tokenizer, made.vocabulary.eos_id)
-    vigil = Vigil(task.run, made, loaded.model, loaded.start, speaker, screen, looks, save_every)
+    vigil = Vigil(task.run, made, loaded.model, loaded.start, speaker, screen, looks, task.recipe.watch, save_every)
     with _stop_signals(vigil, screen):
         _train(task, made, vigil, loaded, screen)
     vigil.tidy()
@@ -91,13 +108,13 @@ def _spend(task: Task, screen: Screen, save_every: float | None) -> Outcome:
 # before
 
 
-def _plan(task: Task, base: Path) -> Plan:
+def _plan(task: Task, base: Path, known: Mapping[str, Any]) -> Plan:
     """The plan, with the recorded split; refused where the data are no longer those the run began with."""
     split = Split.from_json(runs.read_json(task.run.split)) if task.going_on else None
     everything = task.parent is not None and split is None
     made = plan.make(task.recipe, base, split, everything=everything, online=True)
     if task.going_on:
-        was, now = runs.read_json(task.run.run_json)["fingerprints"], _fingerprints(made, base)
+        was, now = known["fingerprints"], _fingerprints(made, base)
         if gone := [name for name in now if was[name] != now[name]]:
             what = f"The {' and the '.join(gone)} changed since this run began."
             raise refuse(what, "Restore what was there to go on, or start anew with --fresh.", task.run.path)
@@ -107,23 +124,30 @@ def _plan(task: Task, base: Path) -> Plan:
 
 
 def _fingerprints(made: Plan, base: Path) -> dict[str, str]:
-    return {"dataset": corpus.fingerprint(made.conversations.values()), "base": model.fingerprint(base)}
+    dataset = corpus.fingerprint(made.conversations.values())
+    return {"dataset": dataset, "base": model.fingerprint(base), "rendered texts": made.fingerprint()}
 
 
-def _begin(task: Task, made: Plan, base: Path) -> LookPlan:
+def _begin(task: Task, made: Plan, base: model.Base, known: Mapping[str, Any]) -> LookPlan:
     """Write what stays the same, run.json last: a folder without one has not begun. Returns the plan of looks."""
-    known = runs.read_json(task.run.run_json) if task.going_on else {}
     if not known:
         runs.write_json(task.run.split, made.split.to_json())
         runs.write_atomic(task.run.source_recipe, task.source)
     looks = _looks(task, made, known)
     runs.write_atomic(task.run.recipe, recipe.resolved_yaml(task.recipe))
     facts: dict[str, Any] = {"state": "running", "version": __version__, "seed": task.recipe.seed, **_environment()}
-    facts |= {"epochs": _epochs(task, made), "steps": made.length.total, "looks": looks, "derived": _derived(made)}
+    facts |= {
+        "epochs": _epochs(task, made),
+        "steps": made.length.total,
+        "looks": looks,
+        "derived": _derived(made, looks),
+    }
+    if base.commit is not None:
+        facts |= {"commit": base.commit}
     if task.parent is not None:
         facts |= {"refit_of": str(task.parent), "refit_steps": task.steps}
     if not known:
-        facts |= {"fingerprints": {**_fingerprints(made, base), "recipe": recipe.fingerprint(task.recipe)}}
+        facts |= {"fingerprints": {**_fingerprints(made, base.folder), "recipe": recipe.fingerprint(task.recipe)}}
     task.run.record(**facts)
     full, light = (
         frozenset(min(e * made.length.per_epoch, made.length.total) for e in looks[k]) for k in ("full", "light")
@@ -151,7 +175,7 @@ def _looks(task: Task, made: Plan, known: Mapping[str, Any]) -> dict[str, Any]:
     return {"light": light, "full": full, "reason": was["reason"]}
 
 
-def _derived(made: Plan) -> dict[str, Derived]:
+def _derived(made: Plan, looks: Mapping[str, Any]) -> dict[str, Derived]:
     length, wanted = made.length, made.recipe
     rows = f"{made.epochs.size} texts an epoch, batch size {wanted.batch_size}"
     return {
@@ -159,7 +183,7 @@ def _derived(made: Plan) -> dict[str, Derived]:
         "travel": Derived(made.travel, f"sum of the learning rate, {wanted.optimizer.schedule}"),
         "micro_batch": Derived(made.micro_batch, f"the longest text has {made.longest()} tokens"),
         "accumulation": Derived(wanted.batch_size // made.micro_batch, "batch_size / micro_batch"),
-        "looks": Derived(len(made.looks.light) + len(made.looks.full), made.looks.reason),
+        "looks": Derived(len(looks["light"]) + len(looks["full"]), looks["reason"]),
     }
 
 
@@ -180,8 +204,11 @@ def _load(task: Task, base: model.Base) -> _Loaded:
 def _train(task: Task, made: Plan, vigil: Vigil, loaded: _Loaded, screen: Screen) -> None:
     """Go on from the newest valid checkpoint, or begin; rows newer than it are dropped and come again."""
     newest = task.run.newest_valid(full=True, tell=screen.say)
+    if newest is None and (bare := task.run.newest_valid()):
+        what = f"the optimizer state of every checkpoint is damaged; the adapter of step {bare.step} is whole."
+        raise refuse(what, f"Keep {bare.folder}, and start anew with --fresh.", task.run.path)
     done = newest.step if newest else 0
-    task.run.cut_back(done)
+    task.run.cut_back(done if newest else -1)  # no checkpoint covers a look at the base: it is taken whole or again
     progress = Progress()
     if newest:
         model.read_weights(loaded.model, newest.folder)
@@ -236,25 +263,21 @@ def _stop_signals(vigil: Vigil, screen: Screen) -> Iterator[None]:
 
 
 @contextmanager
-def _library_talk_into(path: Path) -> Iterator[None]:
+def _library_talk_into(run: RunFolder) -> Iterator[None]:
     """What libraries warn of and log goes into log.txt, not onto the screen."""
-    handler = logging.FileHandler(path, encoding="utf-8", delay=True)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s"))
-    root = logging.getLogger()
-    root.addHandler(handler)
+    handler = logging.Handler()
+    handler.emit = lambda record: run.note(f"{record.name}: {record.getMessage()}")  # type: ignore[method-assign]
+    talkers = [logging.getLogger(name) for name in (None, "transformers")]  # transformers passes nothing up
+    for talker in talkers:
+        talker.addHandler(handler)
     shown = warnings.showwarning
-    warnings.showwarning = lambda message, category, *_where: _log(path, f"{category.__name__}: {message}")
+    warnings.showwarning = lambda message, category, *_where: run.note(f"{category.__name__}: {message}")
     try:
         yield
     finally:
         warnings.showwarning = shown
-        root.removeHandler(handler)
-        handler.close()
-
-
-def _log(path: Path, text: str) -> None:
-    with path.open("a", encoding="utf-8") as log:
-        log.write(text.rstrip() + "\n")
+        for talker in talkers:
+            talker.removeHandler(handler)
 
 
 # after

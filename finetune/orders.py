@@ -5,7 +5,7 @@ It reads a recipe or a run folder and decides which of the four it is; it begins
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,8 @@ class Task:
         if not self.going_on:
             return False
         facts = runs.read_json(self.run.run_json)
-        return facts["state"] == "finished" and (self.steps is not None or int(facts["epochs"]) >= self.recipe.epochs)
+        enough = facts["steps"] == self.steps if self.steps is not None else facts["epochs"] >= self.recipe.epochs
+        return facts["state"] == "finished" and bool(enough)
 
 
 def read(order: Order) -> Task:
@@ -57,13 +58,17 @@ def read(order: Order) -> Task:
     if order.more or order.refit:
         raise refuse("--more and --refit go on with a run.", f"Name its folder, such as runs/{target.stem}.")
     wanted = recipe.load(target, order.sets)
-    if later := recipe.unsupported(wanted):
-        raise UserError(recipe.placed(later, target, order.sets))
+    _refuse_unsupported(wanted, target, order.sets)
     run = RunFolder(order.out or Path("runs") / target.stem)
     going_on = run.run_json.is_file() and not order.fresh
     if going_on:
-        _refuse_changes(recipe.load_resolved(run.recipe), wanted, run.path)
+        _refuse_changes(recipe.load_resolved(run.recipe), wanted, run)
     return Task(run, wanted, target.read_bytes(), going_on)
+
+
+def _refuse_unsupported(wanted: Recipe, file: Path, sets: Sequence[str]) -> None:
+    if later := recipe.unsupported(wanted):
+        raise UserError(recipe.placed(later, file, sets))
 
 
 def _from_run(target: Path, order: Order) -> Task:
@@ -73,12 +78,15 @@ def _from_run(target: Path, order: Order) -> Task:
     was = recipe.load_resolved(run.recipe)
     facts = runs.read_json(run.run_json)
     source = run.source_recipe.read_bytes()
+    if order.refit and (order.more or order.sets):
+        raise refuse("--refit takes the run's own recipe.", "Leave out --set and --more.")
     if order.refit:
         return _refit(run, was, facts, source)
     wanted = recipe.load(run.recipe, order.sets) if order.sets else was
+    _refuse_unsupported(wanted, run.recipe, order.sets)
     if order.more:
         wanted = _more(wanted, facts, order.more, target)
-    _refuse_changes(was, wanted, target)
+    _refuse_changes(was, wanted, run)
     parent = facts.get("refit_of")
     return Task(run, wanted, source, True, Path(parent) if parent else None, facts.get("refit_steps"))
 
@@ -91,7 +99,7 @@ def _more(was: Recipe, facts: Mapping[str, Any], epochs: int, target: Path) -> R
             f"{target} cannot be taken further: its learning rate follows {was.optimizer.schedule}, or it is a refit."
         )
         raise refuse(what, "Only a run under a constant learning rate can; raise `epochs` and use --fresh.")
-    return was.model_copy(update={"epochs": was.epochs + epochs})
+    return was.model_copy(update={"epochs": int(facts["epochs"]) + epochs})
 
 
 def _refit(parent: RunFolder, was: Recipe, facts: Mapping[str, Any], source: bytes) -> Task:
@@ -104,8 +112,11 @@ def _refit(parent: RunFolder, was: Recipe, facts: Mapping[str, Any], source: byt
     return Task(run, was, source, run.run_json.is_file(), parent.path, steps)
 
 
-def _refuse_changes(was: Recipe, wanted: Recipe, folder: Path) -> None:
-    changes = recipe.changed(was, wanted)
-    if changes:
-        remedy = "Restore the recipe to go on, or start anew with --fresh or another --out."
-        raise UserError([Problem(f"{change}.", remedy, folder) for change in changes])
+def _refuse_changes(was: Recipe, wanted: Recipe, run: RunFolder) -> None:
+    remedy = "Restore the recipe to go on, or start anew with --fresh or another --out."
+    if changes := recipe.changed(was, wanted):
+        raise UserError([Problem(f"{change}.", remedy, run.path) for change in changes])
+    epochs = int(runs.read_json(run.run_json)["epochs"])
+    if wanted.epochs < epochs:
+        what = f"this run goes to epoch {epochs}, the recipe to {wanted.epochs}."
+        raise refuse(what, f"`sft train {run.path}` goes on with it; a shorter one needs --fresh or --out.", run.path)

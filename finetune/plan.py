@@ -6,7 +6,6 @@ All that is wrong is told at once. No torch; the network only when asked to fetc
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from finetune.estimate import Cost, Length, Looks, plan_looks, steps_per_epoch, 
 from finetune.format import Format
 from finetune.masks import Vocabulary
 from finetune.recipe import Recipe
+from finetune.replay import replayed
 from finetune.wardrobe import Wardrobe, dressed
 
 _BACKWARD = 2.0  # a training step costs about this many passes: 4 FLOPs per frozen weight and token, a pass 2
@@ -306,7 +306,7 @@ def _texts(
         whole,
         items(split.held_out, formats),
         items([name for name in split.twins if name in conversations], dict([*formats.items()][:1]), twin=True),
-        tuple(_replay(recipe, vocabulary, problems)),
+        tuple(replayed(recipe.data.replay, recipe.data.max_tokens, vocabulary, problems)),
     )
     problems += _too_long(texts, conversations, recipe.data.max_tokens)
     problems += wardrobe.problems(recipe.epochs)
@@ -364,46 +364,3 @@ def _lint(
     found = lint.findings(examples.values(), trained, base, split.held_out if split.train else None)
     refused = [one.problem for one in found if one.kind == "refuse"]
     return refused, [one.problem for one in found if one.kind == "warn"]
-
-
-def _replay(recipe: Recipe, vocabulary: Vocabulary, problems: list[Problem]) -> Iterator[Item]:
-    """General text: .txt files whole, rows of .jsonl with `text`. Every token after BOS is in the loss."""
-    if recipe.data.replay is None:
-        return
-    limit, path = recipe.data.max_tokens, Path(recipe.data.replay.path)
-    files = sorted((*path.glob("*.txt"), *path.glob("*.jsonl"))) if path.is_dir() else [path]
-    for file in files:
-        for line, text in _replay_texts(file, problems):
-            ids = vocabulary.tokenizer.encode(text, add_special_tokens=False).ids
-            ids = [*_some(vocabulary.bos_id), *ids, *_some(vocabulary.eos_id)]
-            if len(ids) > limit:
-                what = f"a replayed text has {len(ids)} tokens, more than data.max_tokens {limit}."
-                problems.append(Problem(what, "Split it in two.", file, line))
-            trained = (False, *(True,) * (len(ids) - 1))  # the first token is given, never foretold
-            yield Item(f"{file.name}:{line}", "", tuple(ids), trained)
-    if not files:
-        problems.append(Problem("data.replay.path holds no .txt or .jsonl.", "Put general text there.", path))
-
-
-def _some(token: int | None) -> list[int]:
-    return [] if token is None else [token]
-
-
-def _replay_texts(file: Path, problems: list[Problem]) -> Iterator[tuple[int, str]]:
-    try:
-        whole = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as fault:
-        problems.append(Problem(f"cannot be read ({type(fault).__name__}).", "It must be UTF-8 text.", file))
-        return
-    if file.suffix != ".jsonl":
-        yield from [(1, whole)] if whole.strip() else []
-        return
-    for line, row in enumerate(whole.split("\n"), start=1):  # splitlines would also cut at U+2028, inside a text
-        try:
-            text = json.loads(row)["text"] if row.strip() else ""
-        except (ValueError, TypeError, KeyError):
-            text = None
-        if not isinstance(text, str):
-            problems.append(Problem("this is no row with `text`.", 'Write {"text": "..."}.', file, line))
-        elif text.strip():
-            yield line, text

@@ -69,7 +69,7 @@ class Lora(Section):
     targets: Annotated[tuple[ModuleName, ...], AfterValidator(_distinct), Field(min_length=1)] = _MATRICES
     """Which matrices of a layer get an adapter. All seven teach a style best; fewer save memory."""
     layers: Literal["all"] | Top = "all"
-    """Which layers get one. `{top: 8}` trains near the output only: faster, since what lies below is computed once."""
+    """Which layers get one. `{top: 8}` trains near the output only: fewer weights, and no gradient below them."""
 
 
 class Replay(Section):

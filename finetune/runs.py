@@ -12,14 +12,14 @@ import logging
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from finetune import disk, seals
 from finetune.errors import UserError, refuse
-from finetune.machine import environment as environment  # a run records it
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.*")
 _STEP = re.compile(r"\.?step-(\d{7,})(\.new|\.old)?")
@@ -27,14 +27,6 @@ _GIB = 2**30
 _log = logging.getLogger(__name__)
 
 Tell = Callable[[str], object]
-
-
-@dataclasses.dataclass(frozen=True)
-class Derived:
-    """A number worked out for the user, with its reason; run.json holds both."""
-
-    value: Any
-    reason: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +101,11 @@ class RunFolder:
         for one in self.checkpoints(verify=False, tell=_log.debug):
             if not one.full:
                 _drop_others(one.folder, one.files)
+
+    def note(self, text: str) -> None:
+        """A line of log.txt, with the time; a full disk loses it, nothing else."""
+        with suppress(OSError), self.log.open("a", encoding="utf-8") as log:
+            log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text.rstrip()}\n")
 
     def record(self, **facts: object) -> None:
         """Merge facts into run.json."""
@@ -264,7 +261,7 @@ class RunFolder:
 def fresh(path: Path | str) -> Path | None:
     """Put an old run folder out of the way as `<name>.old-N`, and say where. None where there was none to move."""
     path = Path(path)
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+    if not path.exists() or (path.is_dir() and {one.name for one in path.iterdir()} <= {".lock", "log.txt"}):
         return None
     run = RunFolder(path)
     if not path.is_dir() or not any(

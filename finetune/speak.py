@@ -123,8 +123,10 @@ class Speaker:
             at = torch.tensor([t for t in range(1, len(tokens)) if mask[t]], dtype=torch.long, device=self._device)
             yield _score_row(plain, hidden[row, at - 1], inputs[row, at], asked)
 
-    def change(self, ids: Sequence[int], mask: Sequence[bool], exact: bool = False) -> float:
-        """NLL with the adapter on minus off, nats per token. `exact`: all arithmetic in fp32, bf16 nowhere."""
+    def change(self, ids: Sequence[int], mask: Sequence[bool], exact: bool = False) -> float | None:
+        """NLL with the adapter on minus off, nats per token. `exact`: in fp32, None where the base cannot."""
+        if exact and not self._has_fp32():
+            return None
         with self._in_fp32() if exact else nullcontext():
             tuned, base = (self.score([ids], [mask], base=off)[0] for off in (False, True))
         return (tuned.nll - base.nll) / max(len(tuned.log_p), 1)
@@ -143,6 +145,8 @@ class Speaker:
             eos_token_id=self._eos,
             pad_token_id=self._eos or 0,
             use_cache=True,
+            repetition_penalty=1.0,  # what is left out, the base's own generation_config would fill in
+            no_repeat_ngram_size=0,
         )
         with self._quiet(base):
             out = self._model.generate(
@@ -159,6 +163,14 @@ class Speaker:
         text = self._tokenizer.decode(ids, skip_special_tokens=False)
         cuts = [text.index(stop) for stop in stops if stop and stop in text]
         return Answer(text[: min(cuts)] if cuts else text, ended or bool(cuts), len(ids))
+
+    def _has_fp32(self) -> bool:
+        """4-bit matrices unpack to any dtype; bf16 and int8 ones do not."""
+        layers = [
+            m for m in self._model.modules() if isinstance(m, torch.nn.Linear) and not hasattr(m, "compute_dtype")
+        ]
+        head = bare(self._model).get_output_embeddings()
+        return all(layer.weight.dtype == torch.float32 for layer in layers if layer is not head)
 
     @contextmanager
     def _in_fp32(self) -> Iterator[None]:

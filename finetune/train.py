@@ -31,6 +31,7 @@ from datasets import Dataset
 from finetune.batches import Epochs
 from finetune.errors import refuse
 from finetune.estimate import Length, lr_factor
+from finetune.memory import head_tokens
 from finetune.model import (
     adapter_weights,
     assert_fp32_adapter,
@@ -48,7 +49,7 @@ from finetune.recipe import Optimizer
 
 _OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_8bit", "paged_adamw_8bit": "paged_adamw_8bit"}
 PROGRESS = "progress.json"
-_HEAD_TOKENS = 2048  # supervised positions whose logits are held at once
+_ALLOCATOR = "DefaultCPUAllocator"  # a full host is a plain RuntimeError that names it
 
 
 @dataclass
@@ -252,9 +253,10 @@ def summed_nll(plain: Any, hidden: Tensor, labels: Tensor) -> Tensor:
     def chunk(states: Tensor, wanted: Tensor) -> Tensor:
         return cross_entropy(logits_of(plain, states), wanted, reduction="sum")
 
-    if len(labels) <= _HEAD_TOKENS:
+    held = head_tokens(plain.config.get_text_config().vocab_size)
+    if len(labels) <= held:
         return chunk(hidden, labels)
-    pairs = zip(torch.split(hidden, _HEAD_TOKENS), torch.split(labels, _HEAD_TOKENS), strict=True)
+    pairs = zip(torch.split(hidden, held), torch.split(labels, held), strict=True)
     return torch.stack([recompute(chunk, *pair, use_reentrant=False) for pair in pairs]).sum()
 
 
@@ -275,6 +277,7 @@ def _arguments(job: Job) -> Any:
         activation_checkpointing=job.checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False} if job.checkpointing else None,
         bf16=torch.cuda.is_available(),
+        use_cpu=not torch.cuda.is_available(),  # the model is there: no other accelerator is known here
         seed=job.seed,
         logging_steps=1,
         logging_nan_inf_filter=False,
@@ -295,28 +298,28 @@ def train(model: Any, base: Path, job: Job, watcher: Watcher, resume: Path | Non
     """Train the adapter of `model` to `job.length.total` steps or until the watcher says stop.
 
     `base`: the folder its tokenizer is in. `resume`: a checkpoint folder to go on from. Errors: UserError for what the
-    user can mend (NaN, out of memory).
+    user can mend (a loss that is no number).
     """
     tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
-    with _memory_faults(job):
-        trainer = NightTrainer(model, tokenizer, job, watcher)
-        trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    trainer = NightTrainer(model, tokenizer, job, watcher)
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     return trainer.progress
 
 
 @contextmanager
-def _memory_faults(job: Job) -> Iterator[None]:
-    remedies = [] if job.checkpointing else ["machine.activation_checkpointing: true"]
-    remedies += ["machine.micro_batch: 1"] if job.micro_batch > 1 else []
-    remedies += ["a lower data.max_tokens", "lora.layers: {top: 8}"]
+def memory_faults(longest: str, remedies: Sequence[str]) -> Iterator[None]:
+    """Running out of memory inside is the user's to mend: a UserError with the longest text and what to change."""
     try:
         yield
-    except (torch.cuda.OutOfMemoryError, MemoryError):
-        longest = max(job.epochs.order(0), key=lambda item: len(item.ids))
-        raise refuse(
-            f"Out of memory; the longest example is {longest.example} with {len(longest.ids)} tokens.",
-            f"Try {', or '.join(remedies)}. The last checkpoint is kept; the same command goes on.",
-        ) from None
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as fault:
+        if (
+            isinstance(fault, RuntimeError)
+            and not isinstance(fault, torch.OutOfMemoryError)
+            and _ALLOCATOR not in str(fault)
+        ):
+            raise
+        remedy = f"Try {', or '.join(remedies)}. What was saved is kept; the same command goes on."
+        raise refuse(f"Out of memory; the longest text is {longest}.", remedy) from None
 
 
 def add_stochastic_depth(model: Any, rate: float) -> None:

@@ -19,11 +19,12 @@ from finetune.looks import Alive, Place
 from finetune.masks import encode
 from finetune.model import Movement, Start
 from finetune.plan import Plan
+from finetune.recipe import Watch
 from finetune.runs import RunFolder
 from finetune.speak import Speaker
 from finetune.train import Progress
 
-_JUDGED_AT = 50  # steps after which an adapter must have moved
+_JUDGED_AFTER = 50  # steps past the warm-up after which an adapter must have moved; at step 1 lora_A cannot, for B is 0
 _SAVE_SHARE = 0.02  # of wall time that checkpoints between looks may take
 _SAVE_BOUNDS = (20.0, 600.0)  # seconds between two of them
 _HELD_OUT_QUESTIONS = 2
@@ -61,10 +62,15 @@ class Vigil:
     speaker: Speaker
     screen: Screen
     looks: LookPlan
+    watch: Watch
     save_every: float | None = None
     stopping: bool = False
     _saved_at: float = field(default_factory=time.monotonic)
     _save_cost: float = 0.0
+
+    @property
+    def _judged_at(self) -> int:
+        return _JUDGED_AFTER + self.plan.length.warmup
 
     # told by training
 
@@ -75,12 +81,12 @@ class Vigil:
 
     def wants(self, step: int) -> bool:
         """Gradients are read before looks and where the adapter is judged."""
-        return step == _JUDGED_AT or self.looks.at(step)
+        return step == self._judged_at or self.looks.at(step)
 
     def pause(self, step: int, progress: Progress, gradient: float | None) -> bool:
         """Look if it is time; True where a checkpoint is wanted. Raises UserError for a dead adapter."""
-        if step == _JUDGED_AT:
-            self._judge(step, Alive(self._movement().share, 0.0, gradient, 0.0, 0.0))
+        if step == self._judged_at:
+            self._judge(step, gradient)
         if self.looks.at(step):
             self.look(step, progress, gradient)
             return True
@@ -102,10 +108,11 @@ class Vigil:
         place = Place("full" if full else "light", step, step / self.plan.length.per_epoch, progress.travel)
         movement = self._movement()
         rows = list(looks.rows(self.speaker, self.plan.groups(full), place, movement))
-        if step:
+        if step and rows:
             alive = self._alive(movement, progress, gradient)
             rows[0].update({key: value for key, value in asdict(alive).items() if key != "share"})
-            self._judge(step, alive)
+        if step > self._judged_at:
+            self._judge(step, gradient)
         samples = list(self._samples(place))
         runs.append_lines(self.run.samples, samples)
         runs.append_lines(self.run.metrics, rows)
@@ -125,17 +132,18 @@ class Vigil:
         items = self.plan.texts.held_out or self.plan.texts.trained
         item = next(iter(items.values()))
         change, exact = (self.speaker.change(item.ids, item.trained, exact) for exact in (False, True))
-        return Alive(movement.share, movement.mean / progress.travel, gradient, change, exact)
+        per_travel = movement.mean / progress.travel if progress.travel else None
+        return Alive(movement.share, per_travel, gradient, change, exact)
 
-    def _judge(self, step: int, alive: Alive) -> None:
-        if why := looks.dead(alive, step):
+    def _judge(self, step: int, gradient: float | None) -> None:
+        if why := looks.dead(self._movement().share, gradient, step):
             remedy = "Raise optimizer.learning_rate, or lower optimizer.eps; nothing is gained by going on."
             raise refuse(f"The adapter is dead: {why}", remedy)
 
     def _samples(self, place: Place) -> Iterator[dict[str, Any]]:
         """Answers to the user's own questions and to the first held-out ones, in the first format."""
         name, began = self.plan.first_format, time.monotonic()
-        asked = list(_questions(self.plan))
+        asked = list(_questions(self.plan, self.watch.prompts))
         if not asked:
             return
         format_ = self.plan.formats[name]
@@ -165,12 +173,18 @@ class Vigil:
         """Install the chosen adapter if it changed; drop what nobody will ask for again. Safe to repeat."""
         best = choose(runs.read_lines(self.run.metrics), self.plan.first_format)
         if best is not None and self.run.checkpoint_at(best.step).is_dir():
-            self.run.install_adapter(self.run.checkpoint_at(best.step))
-            self.run.record(chosen=asdict(best))
+            self._install(best)
         self._drop_passed()
         keep = [best.step] if best is not None else []
-        for line in self.run.prune(keep, self.plan.recipe.watch.keep.max_gib):
-            _log_line(self.run, line)
+        for line in self.run.prune(keep, self.watch.keep.max_gib):
+            self.run.note(line)
+
+    def _install(self, best: Chosen) -> None:
+        """Once for each choice: a reader finds no adapter for as short as can be."""
+        known = runs.read_json(self.run.run_json).get("chosen") or {}
+        if known.get("step") != best.step or not self.run.adapter.is_dir():
+            self.run.install_adapter(self.run.checkpoint_at(best.step))
+            self.run.record(chosen=asdict(best))
 
     def _drop_passed(self) -> None:
         """Checkpoints between looks serve only to go on from: two are enough."""
@@ -179,16 +193,11 @@ class Vigil:
             disk.retire(one.folder)
 
 
-def _questions(plan: Plan) -> Iterator[tuple[str, tuple[Turn, ...]]]:
-    for text in plan.recipe.watch.prompts:
+def _questions(plan: Plan, own: Sequence[str]) -> Iterator[tuple[str, tuple[Turn, ...]]]:
+    for text in own:
         yield "", (Turn("user", text),)
     for name in plan.split.held_out[:_HELD_OUT_QUESTIONS]:
         yield name, plan.conversations[name].turns[:-1]
-
-
-def _log_line(run: RunFolder, text: str) -> None:
-    with run.log.open("a", encoding="utf-8") as log:
-        log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
 
 # which adapter
@@ -209,13 +218,13 @@ def choose(rows: Sequence[Mapping[str, Any]], first_format: str) -> Chosen | Non
 
     Only looks after a step count. None before the first.
     """
-    taken = [row for row in rows if row["kind"] == "look" and row["step"] > 0]
+    taken = [row for row in rows if row["kind"] == "look" and row["step"] > 0 and row["nll_tstar"] is not None]
     if not taken:
         return None
     looked = [row for row in rows if row["kind"] == "look" and row["format"] == first_format]
     held = [row for row in looked if row["split"] == "held_out"]
     base = next((row["nll_tstar"] for row in held if row["step"] == 0), None)
-    later = [row for row in held if row["step"] > 0]
+    later = [row for row in held if row in taken]
     latest = max(taken, key=lambda row: row["step"])
     if not later:
         return _chosen(latest, "the last look: nothing was held out")

@@ -19,7 +19,7 @@ FLOORS = (
     "grammar",
     "recipe corpus prompts estimate runs curve starters world batches bases",
     "lint rules",
-    "wardrobe evidence",
+    "wardrobe replay evidence",
     "plan model prefix orders inventory signs heard",
     "train speak pocket looks wording ledger byheart",
     "echo leak robustness drift plots vigil outlook",

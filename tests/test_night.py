@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from finetune import night, orders, runs
+from finetune import night, orders, runs, shelf
 from finetune.errors import UserError
 from finetune.runs import RunFolder
 from finetune.screen import Screen
@@ -70,6 +70,8 @@ def assert_same_end(one: Path, other: Path) -> None:
     assert same(states[0], states[1])
     assert rows(one, "step") == rows(other, "step")
     assert rows(one, "look") == rows(other, "look")
+    told = [runs.read_lines(RunFolder(folder).samples) for folder in (one, other)]
+    assert [row["answer"] for row in told[0]] == [row["answer"] for row in told[1]]
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +173,7 @@ def test_changed_data_are_refused(tmp_path: Path) -> None:
     run(recipe, tmp_path / "run")
     example = tmp_path / "examples/rain.md"
     example.write_text(example.read_text().replace("I can play", "I may play"))
-    with pytest.raises(UserError, match="dataset changed"):
+    with pytest.raises(UserError, match="dataset and the rendered texts changed"):
         again(tmp_path / "run", more=1)
 
 
@@ -260,7 +262,7 @@ def test_out_of_memory_says_what_to_change_and_keeps_the_last_good_state(
         return real(self, *given, **named)
 
     monkeypatch.setattr(night.train.NightTrainer, "compute_loss", run_out)
-    with pytest.raises(UserError, match=r"Out of memory; the longest example is \w+ with \d+ tokens.*micro_batch: 1"):
+    with pytest.raises(UserError, match=r"Out of memory; the longest text is \w+ with \d+ tokens.*micro_batch: 1"):
         run(small.recipe(tmp_path), tmp_path / "run")
     assert RunFolder(tmp_path / "run").newest_valid(full=True).step == 6
 
@@ -269,3 +271,60 @@ def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="one process"):
         run(small.recipe(tmp_path), tmp_path / "run")
+
+
+def test_fewer_epochs_than_a_run_goes_to_are_refused(left_alone: tuple[Path, Path]) -> None:
+    with pytest.raises(UserError, match="goes to epoch 4, the recipe to 2"):
+        orders.read(orders.Order(str(left_alone[1]), sets=("epochs=2",)))
+
+
+def test_a_look_at_the_base_that_was_cut_short_is_taken_again(tmp_path: Path) -> None:
+    recipe = small.recipe(tmp_path, epochs=1)
+    run(recipe, tmp_path / "whole")
+    run(recipe, tmp_path / "cut")
+    folder = RunFolder(tmp_path / "cut")
+    kept = runs.read_lines(folder.metrics)[:2]
+    folder.metrics.unlink()
+    runs.append_lines(folder.metrics, kept)
+    for one in folder.checkpoints():
+        (one.folder / "manifest.json").unlink()
+    folder.record(state="running")
+    again(tmp_path / "cut")
+    assert rows(tmp_path / "cut", "look") == rows(tmp_path / "whole", "look")
+
+
+def test_a_changed_format_file_is_refused(tmp_path: Path) -> None:
+    own = tmp_path / "mine.yaml"
+    text = "name: mine\nfamily: mine\nuser_prefix: 'Q> '\nuser_suffix: \"\\n\"\nassistant_prefix: 'A> '\n"
+    text += "assistant_suffix: \"\\n\"\ngeneration_prompt: 'A>'\n"
+    own.write_text(text)
+    recipe = small.recipe(tmp_path, epochs=1, formats={"train": [str(own)]})
+    run(recipe, tmp_path / "run")
+    own.write_text(text.replace("Q> ", "Q: "))
+    shelf.read.cache_clear()  # as a new process would
+    with pytest.raises(UserError, match="rendered texts changed"):
+        again(tmp_path / "run", more=1)
+
+
+def test_a_run_with_nothing_held_out_keeps_its_last_look(tmp_path: Path) -> None:
+    run(small.recipe(tmp_path, data={"held_out": 0.0}, watch={"every": "auto", "budget": 1.0}), tmp_path / "run")
+    chosen = json.loads((tmp_path / "run/run.json").read_text())["chosen"]
+    assert chosen["epoch"] == 4
+    assert "nothing was held out" in chosen["reason"]
+
+
+def test_a_warm_up_that_starts_at_zero_is_looked_at(tmp_path: Path) -> None:
+    schedule = {"schedule": "constant_with_warmup", "warmup_steps": 3}
+    run(small.recipe(tmp_path, epochs=1, batch_size=16, optimizer=schedule), tmp_path / "run")
+    assert rows(tmp_path / "run", "look")[-1]["travel"] == 0
+
+
+def test_optimizer_state_damaged_everywhere_is_refused_and_nothing_is_cut(tmp_path: Path) -> None:
+    run(small.recipe(tmp_path), tmp_path / "run")
+    folder = RunFolder(tmp_path / "run")
+    before = folder.metrics.read_bytes()
+    for one in folder.checkpoints():
+        folder.demote(one.step)
+    with pytest.raises(UserError, match="optimizer state of every checkpoint is damaged"):
+        again(tmp_path / "run", more=1)
+    assert folder.metrics.read_bytes() == before

@@ -21,9 +21,10 @@ from typing import Any
 
 import pytest
 
-from finetune import disk, runs, seals
+from finetune import disk, machine, runs, seals
 from finetune.errors import UserError
-from finetune.runs import Derived, RunFolder
+from finetune.machine import Derived
+from finetune.runs import RunFolder
 
 CHANGES = ["open", "write", "fsync", "replace", "rename", "unlink", "rmdir", "mkdir", "ftruncate", "remove"]
 
@@ -609,7 +610,7 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_the_environment_names_no_host_no_user_no_home() -> None:
-    found = runs.environment()
+    found = machine.environment()
     assert set(found) == {"python", "platform", "machine", "cpu_count", "memory_gib", "versions"}
     assert "torch" in found["versions"]
     text = json.dumps(found)
@@ -618,7 +619,7 @@ def test_the_environment_names_no_host_no_user_no_home() -> None:
 
 
 def test_recording_the_environment_imports_no_library() -> None:
-    asked = "import sys; sys.path.insert(0, sys.argv[1]); from finetune import runs; runs.environment(); "
+    asked = "import sys; sys.path.insert(0, sys.argv[1]); from finetune import machine; machine.environment(); "
     asked += "print({'torch', 'transformers', 'yaml'} & set(sys.modules))"
     root = str(Path(runs.__file__).parents[1])
     said = subprocess.run([sys.executable, "-c", asked, root], capture_output=True, text=True, check=True)
