@@ -176,7 +176,7 @@ def test_a_text_longer_than_the_head_takes_at_once_is_scored_whole(
 ) -> None:
     items = tiny.texts([60, 33])
     whole, rows = tiny.trained(base, tiny.job(tmp_path, items, 3, 2))
-    monkeypatch.setattr(train, "_HEAD_TOKENS", 16)
+    monkeypatch.setattr(train, "head_tokens", lambda _vocabulary: 16)
     pieces, again = tiny.trained(base, tiny.job(tmp_path, items, 3, 2))
     assert [row["loss"] for row in again] == pytest.approx([row["loss"] for row in rows], rel=1e-5)
     one, other = tiny.weights(whole), tiny.weights(pieces)
@@ -271,6 +271,8 @@ def test_every_schedule_trains_at_the_rates_that_were_estimated(base: Path, tmp_
     assert rows[-1]["travel"] == pytest.approx(estimate.travel(1e-3, schedule, job.length))
 
 
+# 2026-11-21 bitsandbytes 0.50 says so on a CPU, and trains
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU:UserWarning")
 @pytest.mark.parametrize("name", ["adamw", "adamw_8bit", "paged_adamw_8bit"])
 def test_every_optimizer_trains(base: Path, tmp_path: Path, name: str) -> None:
     net = tiny.adapted(base, shape=LoraShape(64, 64.0, 0.0, ("q_proj", "o_proj")))
