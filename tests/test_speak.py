@@ -56,7 +56,10 @@ def test_scores_are_those_of_a_full_forward(net: Any) -> None:
         assert scored.hits.tolist() == [bool(greedy[t - 1] == item.ids[t]) for t in range(4, len(item.ids))]
 
 
-def test_scores_do_not_depend_on_the_batch(net: Any) -> None:
+# int8 is left out: bitsandbytes chooses its outlier columns over the whole batch, which moves a token by up to 0.2 nats
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_scores_do_not_depend_on_the_batch(base: Path, quantization: str) -> None:
+    net = tiny.stirred(tiny.adapted(base, quantization))
     together = speaker(net, batch_tokens=10**6).score(IDS, MASKS)
     for budget in (1, 70):
         for one, other in zip(together, speaker(net, batch_tokens=budget).score(IDS, MASKS), strict=True):
