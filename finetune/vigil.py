@@ -184,6 +184,7 @@ class Vigil:
         known = runs.read_json(self.run.run_json).get("chosen") or {}
         if known.get("step") != best.step or not self.run.adapter.is_dir():
             self.run.install_adapter(self.run.checkpoint_at(best.step))
+        if known != asdict(best):
             self.run.record(chosen=asdict(best))
 
     def _drop_passed(self) -> None:
