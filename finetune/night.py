@@ -77,6 +77,7 @@ def _spend(task: Task, screen: Screen, save_every: float | None) -> Outcome:
     base = model.find_base(task.recipe.base, known.get("commit") or task.recipe.revision)
     made = _plan(task, base.folder, known)
     looks = _begin(task, made, base, known)
+    model.spare_a_core()
     if remark := model.device_remark():
         screen.say(remark)
     screen.say(f"Loading {base.name} ({task.recipe.quantization}).")
