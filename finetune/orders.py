@@ -60,10 +60,22 @@ def read(order: Order) -> Task:
     wanted = recipe.load(target, order.sets)
     _refuse_unsupported(wanted, target, order.sets)
     run = RunFolder(order.out or Path("runs") / target.stem)
+    _refuse_foreign(run, order.fresh)
     going_on = run.run_json.is_file() and not order.fresh
     if going_on:
         _refuse_changes(recipe.load_resolved(run.recipe), wanted, run)
     return Task(run, wanted, target.read_bytes(), going_on)
+
+
+def _refuse_foreign(run: RunFolder, fresh: bool) -> None:
+    """A run is written into a new folder or into its own, never among other things."""
+    if run.path.exists() and not run.path.is_dir():
+        raise refuse("is a file.", "Name a folder with --out.", run.path)
+    if fresh or not run.path.is_dir() or run.run_json.is_file():
+        return
+    begun = {one.name for one in (run.split, run.source_recipe, run.recipe, run.log)}
+    if other := [one.name for one in run.path.iterdir() if one.name not in begun and not one.name.startswith(".")]:
+        raise refuse(f"holds {other[0]} and is no run.", "Name another folder with --out.", run.path)
 
 
 def _refuse_unsupported(wanted: Recipe, file: Path, sets: Sequence[str]) -> None:

@@ -328,3 +328,12 @@ def test_optimizer_state_damaged_everywhere_is_refused_and_nothing_is_cut(tmp_pa
     with pytest.raises(UserError, match="optimizer state of every checkpoint is damaged"):
         again(tmp_path / "run", more=1)
     assert folder.metrics.read_bytes() == before
+
+
+def test_a_run_is_never_written_among_other_things(tmp_path: Path) -> None:
+    recipe = small.recipe(tmp_path)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/thing").write_text("mine")
+    for out, what in (("full", "holds thing and is no run"), ("full/thing", "is a file")):
+        with pytest.raises(UserError, match=what):
+            orders.read(orders.Order(str(recipe), out=tmp_path / out))
