@@ -7,7 +7,7 @@ bytes of the answers; the end mark is scored with the answer it ends.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -124,9 +124,3 @@ def dead(share: float, gradient: float | None, steps: int) -> str | None:
     weak = gradient is not None and gradient < 10
     cause = f" The gradient is only {gradient:.1f} x eps: AdamW's eps swallows it." if weak else ""
     return f"After {steps} steps only {share:.1%} of lora_A has moved.{cause}"
-
-
-def summary(found: Mapping[str, Any]) -> str:
-    """One row of a look in a line, for logs."""
-    figures = f"nll {found['nll']:.5f}, accuracy {found['accuracy']:.1%}, {found['bpb']:.3f} bits/byte"
-    return f"{found['split']} {found['format']}: {figures}"

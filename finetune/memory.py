@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 GIB = 2**30
+KEPT_BYTES = 68  # a hidden unit, layer and token, where no activation is computed twice: a guess
 # nf4, double quantised [Dettmers et al. 2023]: 4 bits, one byte for 64 weights, one fp32 for 256 of those bytes
 BYTES_A_WEIGHT = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0, "none": 2.0}
 _OPTIMIZER = {"adamw": 8.0, "adamw_8bit": 2.0, "paged_adamw_8bit": 2.0}  # bytes a trained weight: two moments
@@ -146,7 +147,7 @@ def _a_layer(shape: Shape) -> float:
 
 def guessed_checkpointing(shape: Shape, tokens: int, free_gib: float) -> bool:
     """What `auto` is likely to choose with so much memory free: the rule of `model.needs_checkpointing`."""
-    return 68 * shape.hidden * shape.layers * tokens > free_gib * GIB / 2
+    return KEPT_BYTES * shape.hidden * shape.layers * tokens > free_gib * GIB / 2
 
 
 def training_flops(shape: Shape, tokens: int, checkpointing: bool) -> float:

@@ -27,6 +27,7 @@ from transformers.utils import logging as talk
 
 from finetune import disk
 from finetune.errors import Problem, UserError, refuse
+from finetune.memory import KEPT_BYTES
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 POCKET = Path(__file__).with_name("pocket_base")
@@ -120,7 +121,7 @@ def needs_checkpointing(model: Any, tokens: int) -> bool:
     if not torch.cuda.is_available():
         return False
     config = model.config.get_text_config()
-    wanted = 68 * config.hidden_size * config.num_hidden_layers * tokens
+    wanted = KEPT_BYTES * config.hidden_size * config.num_hidden_layers * tokens
     return bool(wanted > torch.cuda.mem_get_info()[0] / 2)
 
 

@@ -58,7 +58,7 @@ def run(task: Task, screen: Screen, save_every: float | None = None) -> Outcome:
         except UserError as error:
             task.run.note(str(error))
             raise
-        except Exception:
+        except Exception:  # noted with its traceback, then raised as it was
             task.run.note(traceback.format_exc())
             raise
 
