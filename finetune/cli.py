@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 import os
 import shlex
-import shutil
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -22,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from finetune import __version__, tables
+from finetune import __version__, morning, tables, terminal
 from finetune.errors import Problem, UserError, refuse
 
 if TYPE_CHECKING:
@@ -36,7 +34,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, as a path.")]
 Sets = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, as often as you like.")]
 _MOST = 20  # warnings shown; a dataset of a few dozen may have hundreds
@@ -52,7 +49,7 @@ def _door(version: Annotated[bool, typer.Option("--version", help="Print the ver
 @app.command(epilog="Example: sft ls formats")
 def ls(
     kind: Annotated[str, typer.Argument(metavar="[recipes|formats|datasets|runs]", help="Only these.")] = "",
-    as_json: AsJson = False,
+    as_json: terminal.AsJson = False,
 ) -> None:
     """What there is: recipes, formats, datasets, runs."""
     from finetune import inventory
@@ -66,14 +63,14 @@ def ls(
     for name, rows in found.items():
         indent = "" if kind else "  "
         if not kind:
-            _heading(f"{name} ({len(rows)})")
+            terminal.heading(f"{name} ({len(rows)})")
         if not rows:
             typer.echo(f"{indent}{inventory.NONE[name]}")
         elif name == "formats" and not kind:
-            _lines(tables.wrapped(", ".join(row["name"] for row in rows), _width(), indent))
+            terminal.lines(tables.wrapped(", ".join(row["name"] for row in rows), terminal.width(), indent))
         else:
-            lines = tables.columns([inventory.cells(name, row) for row in rows], _line_width(len(indent)))
-            _lines(indent + line for line in lines)
+            lines = tables.columns([inventory.cells(name, row) for row in rows], terminal.line_width(len(indent)))
+            terminal.lines(indent + line for line in lines)
 
 
 @app.command(epilog="Example: sft new mine.yaml --from quickstart --with-data")
@@ -83,7 +80,7 @@ def new(
         str, typer.Option("--from", metavar="STARTER", help="Its name; sft ls recipes lists them.")
     ] = "",
     with_data: Annotated[bool, typer.Option("--with-data", help="Copy its dataset beside it, to be changed.")] = False,
-    as_json: AsJson = False,
+    as_json: terminal.AsJson = False,
 ) -> None:
     """Copy a starter recipe. Its paths keep working, from wherever it goes."""
     from finetune import starters
@@ -106,7 +103,7 @@ def explain(
     schema: Annotated[
         bool, typer.Option("--schema", help="The JSON schema instead: save it beside a recipe, for your editor.")
     ] = False,
-    as_json: AsJson = False,
+    as_json: terminal.AsJson = False,
 ) -> None:
     """What each setting means, with its type and bounds."""
     from finetune import recipe
@@ -121,9 +118,9 @@ def explain(
         typer.echo(json.dumps([asdict(one) for one in found], indent=2))
         return
     for one in found:
-        _heading(f"{one.key}: {one.default if one.default is not None else '(yours to write)'}")
-        _lines(tables.wrapped("; ".join(filter(None, (one.type, one.bounds))), _width(), "  "))
-        _lines(tables.wrapped(one.meaning, _width(), "  "))
+        terminal.heading(f"{one.key}: {one.default if one.default is not None else '(yours to write)'}")
+        terminal.lines(tables.wrapped("; ".join(filter(None, (one.type, one.bounds))), terminal.width(), "  "))
+        terminal.lines(tables.wrapped(one.meaning, terminal.width(), "  "))
 
 
 @app.command(epilog="Example: sft check recipes/minisymposium.yaml --gpu 12GB")
@@ -133,7 +130,7 @@ def check(
         str | None, typer.Option("--gpu", metavar="SIZE", help="Memory of the card it is meant for, such as 12GB.")
     ] = None,
     sets: Sets = [],  # noqa: B006  # typer reads it, nothing writes it
-    as_json: AsJson = False,
+    as_json: terminal.AsJson = False,
 ) -> None:
     """Before the night: all faults, then the plan.
 
@@ -157,16 +154,16 @@ def check(
 def _show_outlook(warnings: Sequence[Problem], facts: Sequence[Fact]) -> None:
     """Warnings first and the plan last, where the eye is."""
     if warnings:
-        _heading(f"Worth a look ({len(warnings)}; none keeps a run from starting)")
+        terminal.heading(f"Worth a look ({len(warnings)}; none keeps a run from starting)")
         for one in warnings[:_MOST]:
-            _lines(tables.wrapped(_safe(one), _width(), "  "))
+            terminal.lines(tables.wrapped(_safe(one), terminal.width(), "  "))
         if len(warnings) > _MOST:
             typer.echo(f"  ... and {len(warnings) - _MOST} more: --json has them all.")
         typer.echo()
     for section in dict.fromkeys(fact.section for fact in facts):
-        _heading(section)
+        terminal.heading(section)
         rows = [(fact.name, fact.shown, fact.reason) for fact in facts if fact.section == section]
-        _lines(tables.told(rows, _width()))
+        terminal.lines(tables.told(rows, terminal.width()))
         typer.echo()
 
 
@@ -178,7 +175,7 @@ def preview(
     ] = [],  # noqa: B006  # typer reads it, nothing writes it
     count: Annotated[int, typer.Option("-n", metavar="N", min=1, help="How many examples.")] = 1,
     sets: Sets = [],  # noqa: B006
-    as_json: AsJson = False,
+    as_json: terminal.AsJson = False,
 ) -> None:
     """The exact tokens of an example, trained ones marked."""
     from finetune import preview as shown
@@ -208,7 +205,7 @@ def train(
     refit: Annotated[
         bool, typer.Option("--refit", help="Train on every example, held-out included, as far as RUN's adapter went.")
     ] = False,
-    as_json: AsJson = False,
+    as_json: terminal.AsJson = False,
 ) -> None:
     """Train an adapter from a recipe. An unfinished run of the same recipe goes on by itself."""
     from rich.console import Console
@@ -219,7 +216,7 @@ def train(
     console = Console(stderr=True) if as_json else Console()
     if fresh and (old := runs.fresh(task.run.path)):
         console.print(f"The old run is now {old}.", highlight=False)
-    _quiet_libraries()
+    terminal.quiet_libraries()
     from finetune import night
     from finetune.screen import Screen
 
@@ -244,34 +241,6 @@ def _blaming(target: str, sets: list[str]) -> Iterator[None]:
         raise UserError(recipe.placed(error.problems, file, sets)) from error
 
 
-def _quiet_libraries() -> None:
-    """Before the first heavy import: no telemetry, no progress bars, no advice meant for programmers."""
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1" if not sys.stderr.isatty() else "0")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it recommends optional kernels on import
-
-
-def _heading(text: str) -> None:
-    typer.secho(text, bold=True)
-
-
-def _lines(lines: Iterable[str]) -> None:
-    for line in lines:
-        typer.echo(line)
-
-
-def _width() -> int:
-    """Columns of the terminal; 100 where there is none."""
-    return shutil.get_terminal_size((100, 24)).columns
-
-
-def _line_width(indent: int) -> int | None:
-    """Where rows are cut; nowhere if another program reads them."""
-    return _width() - indent if sys.stdout.isatty() else None
-
-
 def _safe(problem: Problem) -> str:
     """As a line for a terminal; what lies below the working folder is named from there."""
     file = problem.file
@@ -293,6 +262,10 @@ def _tell_our_fault(error: Exception) -> None:
         file.write("".join(traceback.format_exception(error)))
     what = tables.harmless(f"{type(error).__name__}: {error}").splitlines()[0][:200]
     typer.echo(f"This is a fault of sft, not yours: {what}  The traceback is in {file.name}.", err=True)
+
+
+for _verb, _example in morning.VERBS:
+    app.command(epilog=f"Example: {_example}")(_verb)
 
 
 def main() -> None:

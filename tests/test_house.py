@@ -13,7 +13,7 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in ROO
 # From the ground up: a room imports only from the lines above its own. Floors 0 and 1 of the house are split where one
 # of their rooms stands on another.
 FLOORS = (
-    "errors conversation overlap format fields draw disk machine seals memory chance runlength private tables",
+    "errors conversation overlap format fields draw disk machine seals memory chance runlength private tables terminal",
     "yamlfile markdown rows masks template filling manner reading formula regroup",
     "places shelf habits passage",
     "grammar",
@@ -22,10 +22,11 @@ FLOORS = (
     "wardrobe replay evidence",
     "plan model prefix orders inventory signs heard",
     "train speak pocket looks wording ledger byheart",
-    "echo leak robustness drift plots vigil outlook",
+    "echo leak robustness drift plots vigil outlook opened",
     "verdict report chat export hub screen preview",
     "night",
     "sweep",
+    "morning",
     "cli",
     "__main__",
 )
