@@ -70,11 +70,24 @@ class Scored:
 
 @dataclass(frozen=True)
 class Answer:
-    """One generated answer, stop string cut off. `ended`: by a stop string or EOS, not by the length limit."""
+    """One generated answer, stop string cut off. `ended`: by a stop string or EOS, not by the length limit.
+
+    `stop`: the string that ended it, "" for EOS, None at the limit.
+    """
 
     text: str
     ended: bool
     tokens: int
+    stop: str | None = None
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A text read once. `at`: which of its tokens are asked for, each given all before it; `base`: adapter off."""
+
+    ids: Sequence[int]
+    at: Sequence[int]
+    base: bool = False
 
 
 @dataclass(frozen=True)
@@ -131,17 +144,47 @@ class Speaker:
             tuned, base = (self.score([ids], [mask], base=off)[0] for off in (False, True))
         return (tuned.nll - base.nll) / max(len(tuned.log_p), 1)
 
+    def kl(self, one: Pass, other: Pass) -> Tensor:
+        """KL(one || other) in nats for each pair of tokens asked for, (n,) float32 on the CPU.
+
+        The distributions (256 x vocabulary at a time) are never held for the whole text.
+        """
+        hidden = [self._hidden(asked) for asked in (one, other)]
+        parts = []
+        for pieces in zip(*(torch.split(rows, _HEAD_TOKENS // 2) for rows in hidden), strict=True):
+            with self._quiet(one.base):
+                p, q = (torch.log_softmax(logits_of(bare(self._model), piece), -1) for piece in pieces)
+            parts.append((p.exp() * (p - q)).sum(-1).clamp(min=0))  # rounding goes below nothing
+        return _joined(parts, torch.float32)
+
+    def _hidden(self, asked: Pass) -> Tensor:
+        """(n, hidden) from which the tokens asked for are told."""
+        ids = torch.tensor([list(asked.ids)], device=self._device)
+        at = torch.tensor(list(asked.at), dtype=torch.long, device=self._device)
+        with self._quiet(asked.base):
+            read: Tensor = bare(self._model).get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0]
+        return read[at - 1]
+
     def complete(
-        self, prompts: Sequence[Sequence[int]], stops: Sequence[str], max_new_tokens: int, base: bool = False
+        self,
+        prompts: Sequence[Sequence[int]],
+        stops: Sequence[str],
+        max_new_tokens: int,
+        base: bool = False,
+        sampler: Sampler | None = None,
+        seed: int = 0,
     ) -> list[Answer]:
-        """Greedy answers to prompts given as token ids, batched with a KV cache; each stops at a stop string or EOS."""
+        """Answers to prompts given as token ids, batched with a KV cache; each stops at a stop string or EOS.
+
+        Greedy without a `sampler`; with one, the same prompts in the same batch and `seed` give the same draws.
+        """
         if not prompts:
             return []
         inputs, attention = _pad(prompts, left=True, device=self._device)
         watch = _Stops(self._tokenizer, stops, inputs.shape[1])
         config = GenerationConfig(
             max_new_tokens=max_new_tokens,
-            do_sample=False,
+            **_drawing(sampler),
             eos_token_id=self._eos,
             pad_token_id=self._eos or 0,
             use_cache=True,
@@ -149,6 +192,7 @@ class Speaker:
             no_repeat_ngram_size=0,
         )
         with self._quiet(base):
+            torch.manual_seed(seed)
             out = self._model.generate(
                 input_ids=inputs,
                 attention_mask=attention,
@@ -161,8 +205,11 @@ class Speaker:
         ended = self._eos in ids
         ids = ids[: ids.index(self._eos)] if ended and self._eos is not None else ids
         text = self._tokenizer.decode(ids, skip_special_tokens=False)
-        cuts = [text.index(stop) for stop in stops if stop and stop in text]
-        return Answer(text[: min(cuts)] if cuts else text, ended or bool(cuts), len(ids))
+        cuts = [(text.index(stop), stop) for stop in stops if stop and stop in text]
+        if cuts:
+            at, stop = min(cuts, key=lambda cut: cut[0])
+            return Answer(text[:at], True, len(ids), stop)
+        return Answer(text, ended, len(ids), "" if ended else None)
 
     def _has_fp32(self) -> bool:
         """4-bit matrices unpack to any dtype; bf16 and int8 ones do not."""
@@ -201,6 +248,15 @@ class Speaker:
                     yield
         finally:
             self._model.train(training)
+
+
+def _drawing(sampler: Sampler | None) -> dict[str, Any]:
+    """For `generate`, which would fill in what is left out."""
+    if sampler is None:
+        return {"do_sample": False}
+    top_p = 1.0 if sampler.top_p is None else sampler.top_p
+    drawn = {"temperature": float(sampler.temperature), "top_k": sampler.top_k or 0, "top_p": top_p}
+    return {"do_sample": True, **drawn, "min_p": sampler.min_p}
 
 
 class _Stops(StoppingCriteria):  # type: ignore[misc]  # transformers is untyped

@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 from finetune import looks, model
 from finetune.batches import Group, Item
 from finetune.masks import Vocabulary
-from finetune.speak import Sampler, Speaker
+from finetune.speak import Pass, Sampler, Speaker
 
 TEXTS = tiny.texts([5, 33, 12, 60, 21, 9])
 IDS, MASKS = [item.ids for item in TEXTS], [item.trained for item in TEXTS]
@@ -124,6 +124,28 @@ def test_temperature_sums_agree_with_torch(net: Any) -> None:
         assert scored.nll_at.tolist() == pytest.approx(sums, rel=1e-5)
 
 
+# --- two readings
+
+
+def test_kl_is_what_the_two_distributions_give(net: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = TEXTS[1], TEXTS[4]
+    one, other = Pass(first.ids, range(5, 17)), Pass(second.ids, range(4, 16))
+    rows = [log_softmax(tiny.logits(net, read.ids)[read.at[0] - 1 : read.at[-1]], -1) for read in (one, other)]
+    wanted = (rows[0].exp() * (rows[0] - rows[1])).sum(-1)
+    assert torch.allclose(speaker(net).kl(one, other), wanted, atol=1e-4)
+    monkeypatch.setattr("finetune.speak._HEAD_TOKENS", 10)
+    assert torch.allclose(speaker(net).kl(one, other), wanted, atol=1e-4)
+    assert speaker(net).kl(one, one).max() < 1e-5
+    assert speaker(net).kl(Pass(first.ids, ()), Pass(second.ids, ())).tolist() == []
+
+
+def test_kl_between_base_and_adapter_is_that_of_two_models(base: Path, net: Any) -> None:
+    on, off = Pass(IDS[3], range(9, 30)), Pass(IDS[3], range(9, 30), base=True)
+    bare = model.load_base(base, "none", tiny.CPU)
+    tuned, plain = (log_softmax(tiny.logits(one, IDS[3])[8:29], -1) for one in (net, bare))
+    assert torch.allclose(speaker(net).kl(off, on), (plain.exp() * (plain - tuned)).sum(-1), atol=1e-4)
+
+
 # --- groups
 
 
@@ -193,6 +215,23 @@ def test_an_answer_ends_at_the_end_of_the_document(net: Any) -> None:
     assert (free.ended, free.tokens) == (False, 12)
 
 
+def test_an_answer_says_what_ended_it(talker: tuple[Speaker, list[list[int]]]) -> None:
+    speaks, prompts = talker
+    free = speaks.complete(prompts, [], 24)
+    assert [(one.stop, one.ended) for one in free] == [("" if one.ended else None, one.ended) for one in free]
+    words = free[1].text.split(" ")
+    assert speaks.complete(prompts, [words[5], words[3]], 24)[1].stop == words[3]
+
+
+def test_drawn_answers_depend_on_the_seed_alone(talker: tuple[Speaker, list[list[int]]]) -> None:
+    speaks, prompts = talker
+    hot = Sampler(1.5)
+    first, same, other = (speaks.complete(prompts, [], 12, sampler=hot, seed=seed) for seed in (1, 1, 2))
+    assert first == same
+    assert first != other
+    assert speaks.complete(prompts, [], 12, sampler=Sampler(top_k=1), seed=3) == speaks.complete(prompts, [], 12)
+
+
 def draw(*_given: Any) -> None:
     """A base that draws by lot, as some do."""
     torch.rand(3)
@@ -206,6 +245,8 @@ def test_speaking_leaves_the_random_state_and_the_mode_alone(base: Path, trainin
     speaks = speaker(net)
     first = speaks.score(IDS, MASKS)
     speaks.complete([IDS[0]], [], 4)
+    speaks.complete([IDS[0]], [], 4, sampler=Sampler())
+    speaks.kl(Pass(IDS[1], (8, 9)), Pass(IDS[1], (9, 10), base=True))
     speaks.change(IDS[1], MASKS[1], exact=True)
     assert torch.equal(torch.get_rng_state(), before)
     assert {module.training for module in net.modules()} == {training}
