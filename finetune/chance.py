@@ -27,8 +27,10 @@ class Interval:
     approximate: bool = False
 
 
-def mean(values: Sequence[float]) -> Interval | None:
+def mean(values: Sequence[float], level: float = LEVEL) -> Interval | None:
     """A mean and its bounds: Student's t, widened for skew. None for fewer than two values, or one not finite.
+
+    Each bound holds with probability `level`.
 
     The wider, on each side, of t and of t after Hall's cubic transformation [Hall 1992, J. R. Stat. Soc. B 54:221]. The
     skewness of a small sample is too small by far, so it is stretched by 1 + 6/n, found by simulation. Closed form: no
@@ -41,12 +43,40 @@ def mean(values: Sequence[float]) -> Interval | None:
     middle = fmean(scaled)
     error = math.sqrt(fmean((one - middle) ** 2 for one in scaled) / (n - 1))
     skew = _skewness(scaled, middle) * (1 + 6 / n)
-    t = t_quantile(LEVEL, n - 1)
+    t = t_quantile(level, n - 1)
     low = (middle - error * max(t, _untransformed(t, skew, n))) * scale
     high = (middle + error * max(t, -_untransformed(-t, skew, n))) * scale
     if not math.isfinite(high - low):
         return None
     return Interval(middle * scale, low, high, n, abs(skew) > _SKEWED)
+
+
+def p_above(values: Sequence[float]) -> float | None:
+    """How often so high a mean comes by luck where the true one is 0: the level whose lower bound touches 0.
+
+    None where `mean` gives none.
+    """
+    found, error = mean(values), standard_error(values)
+    if found is None or error is None:
+        return None
+    if error == 0:
+        return 0.0 if found.value > 0 else 1.0
+    scale = max(map(abs, values))
+    skew = _skewness([value / scale for value in values], found.value / scale) * (1 + 6 / found.n)
+    t = found.value / error
+    t = min(t, _transformed(t, skew, found.n))
+    tail = beta_below((found.n - 1) / (found.n - 1 + t * t), (found.n - 1) / 2, 0.5) / 2
+    return tail if t > 0 else 1 - tail
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """Adjusted p of each, in the order given: all that are at most a level hold together [Holm 1979]."""
+    order = sorted(range(len(ps)), key=ps.__getitem__)
+    adjusted, highest = [0.0] * len(ps), 0.0
+    for rank, at in enumerate(order):
+        highest = max(highest, min(1.0, (len(ps) - rank) * ps[at]))
+        adjusted[at] = highest
+    return adjusted
 
 
 def standard_error(values: Sequence[float]) -> float | None:
@@ -67,6 +97,12 @@ def _untransformed(t: float, skew: float, n: int) -> float:
     """The studentised mean whose Hall transform is `t`; `t` itself without skew."""
     bend = skew / math.sqrt(n)
     return t if abs(bend) < 1e-9 else 3 / bend * (math.cbrt(1 + bend * (t - bend / 6)) - 1)
+
+
+def _transformed(t: float, skew: float, n: int) -> float:
+    """The other way round: Hall's transform of a studentised mean."""
+    bend = skew / math.sqrt(n)
+    return t if abs(bend) < 1e-9 else ((1 + bend * t / 3) ** 3 - 1) / bend + bend / 6
 
 
 def rate(hits: int, n: int) -> Interval | None:
