@@ -42,9 +42,10 @@ def measure(
     limits: Limits,
     noise: float | None = None,
     sampler: Sampler | None = None,
+    temperatures: Sequence[float] = (),
 ) -> Measured:
     """Read with the adapter on and judge. `base`: rows read once with it off; without them nothing is in excess."""
-    readings = read(speaker, passages, sampler=sampler)
+    readings = read(speaker, passages, sampler=sampler, temperatures=temperatures)
     found = tuple(judge(one, readings[one.key], base.get(one.key), limits, noise) for one in passages)
     return Measured(found, readings)
 
@@ -87,6 +88,8 @@ def rows(found: Iterable[Found], place: Place, of: Map) -> Iterator[dict[str, An
             "run_max": one.run_max,
             "run_start": one.run_start,
             "echo_whole": one.whole,
+            "long": one.long,
+            "windows": None if one.words is None else list(one.words),
             "excess_bits": one.excess_bits,
             "log10_pz50": one.log10_pz,
             "fragile": one.fragile,

@@ -36,26 +36,37 @@ class Reads(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """What a model said of the T tokens read. `log_p`, `log_q` (of a sampler) in nats, `margins` in logits."""
+    """What a model said of the T tokens read. `log_p`, `log_q` (of a sampler) in nats, `margins` in logits.
+
+    `nll_at`: their sum of -log p at each temperature asked for.
+    """
 
     log_p: Floats
     hits: Bools
     margins: Floats | None = None
     log_q: Floats | None = None
+    nll_at: Floats | None = None
 
 
-def read(speaker: Reads, passages: Sequence[Passage], base: bool = False, sampler: Any = None) -> dict[Key, Reading]:
+def read(
+    speaker: Reads,
+    passages: Sequence[Passage],
+    base: bool = False,
+    sampler: Any = None,
+    temperatures: Sequence[float] = (),
+) -> dict[Key, Reading]:
     """One pass over passages of different keys. `base`: without the adapter, no margins. `sampler`: a speak.Sampler."""
     samplers = [] if sampler is None else [sampler]
     ids, masks = [one.ids for one in passages], [one.read for one in passages]
-    scores = speaker.score(ids, masks, base=base, samplers=samplers, margins=not base)
+    scores = speaker.score(ids, masks, temperatures, base=base, samplers=samplers, margins=not base)
     return {one.key: _reading(score) for one, score in zip(passages, scores, strict=True)}
 
 
 def _reading(score: Any) -> Reading:
     margins = None if score.margins is None else score.margins.double().numpy()
     log_q = None if score.log_q is None else score.log_q[0].double().numpy()
-    return Reading(score.log_p.double().numpy(), score.hits.numpy(), margins, log_q)
+    nll_at = score.nll_at.numpy() if len(score.nll_at) else None
+    return Reading(score.log_p.double().numpy(), score.hits.numpy(), margins, log_q, nll_at)
 
 
 def noise(speaker: Reads, passages: Sequence[Passage]) -> float:

@@ -1,0 +1,106 @@
+"""From a plan to passages, base readings and rows: the same during a run and after it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import small
+import tiny
+
+from finetune import ear, looks, plan, recipe
+from finetune.batches import Group
+from finetune.looks import Place
+from finetune.plan import Plan
+from finetune.runs import RunFolder
+from finetune.speak import Speaker
+
+PLACE = Place("full", 4, 2.0, 1e-3)
+
+
+@pytest.fixture(scope="module")
+def night(tmp_path_factory: pytest.TempPathFactory) -> tuple[Plan, Speaker]:
+    """A plan of eight small examples on a random base, and that base with an adapter that says something."""
+    folder = tmp_path_factory.mktemp("ear")
+    base = tiny.base(folder / "base")
+    made = plan.make(recipe.load(small.recipe(folder, base=str(base))), base)
+    return made, Speaker(tiny.stirred(tiny.adapted(base), 0.3), made.vocabulary.tokenizer, made.vocabulary.eos_id)
+
+
+def test_passages_are_the_texts_of_the_plan(night: tuple[Plan, Speaker]) -> None:
+    made, _ = night
+    listens = ear.ear(made)
+    sides: tuple[tuple[Any, Any], ...] = (
+        ("train", made.texts.whole),
+        ("held_out", made.texts.held_out),
+        ("twin", made.texts.twins),
+    )
+    for split, items in sides:
+        wanted = {(name, format_): item for (name, format_), item in items.items()}
+        for (name, format_), item in wanted.items():
+            one = listens.passage(split, name, format_)
+            assert (one.ids, one.read, one.key) == (item.ids, item.trained, (split, name, format_))
+    assert [one.example for one in listens.passages("train")] == list(made.split.train)
+    assert len(listens.passages("twin")) == len(made.split.twins)
+    assert [one.example for one in listens.passages("train", "alpaca", {"rain"})] == ["rain"]
+
+
+def test_any_format_can_be_asked_for(night: tuple[Plan, Speaker]) -> None:
+    listens = ear.ear(night[0])
+    for name in ("guanaco", "chatml~blank-line", "sampled:1f3a9c"):
+        (one,) = listens.passages("held_out", name, night[0].split.held_out[:1])
+        assert one.format == name
+
+
+def test_what_two_examples_share_and_what_is_intended_is_not_counted(night: tuple[Plan, Speaker]) -> None:
+    plain = ear.ear(night[0]).passages("train")[0]
+    told = ear.ear(night[0], intended=["I can play in the " + plain.example]).passages("train")[0]
+    assert told.counted.sum() < plain.counted.sum()
+    twin = next(one for one in ear.ear(night[0]).passages("twin"))
+    assert twin.template_share == ear.ear(night[0]).passage("train", twin.example, "chatml").template_share
+
+
+def test_a_hearing_gives_rows_with_the_loss_of_a_look(night: tuple[Plan, Speaker], tmp_path: Path) -> None:
+    made, speaker = night
+    listens, base = ear.ear(made), ear.base(RunFolder(tmp_path))
+    passages = (*listens.passages("train"), *listens.passages("held_out"))
+    heard = ear.hear(listens, speaker, base, passages, PLACE, ear.noise(speaker, passages))
+    assert json.dumps(heard.rows)
+    rows = [row for row in heard.rows if row["split"] == "train"]
+    items = tuple(made.texts.whole[name, made.first_format] for name in made.split.train)
+    look = looks.measure(speaker, Group("train", made.first_format, items, 1))
+    assert look is not None
+    tokens = sum(row["tokens"] for row in rows)
+    assert sum(row["nll_tstar"] * row["tokens"] for row in rows) / tokens == pytest.approx(look.nll_tstar, rel=1e-5)
+    assert sum(row["nll"] * row["tokens"] for row in rows) / tokens == pytest.approx(look.nll, rel=1e-5)
+    assert sum(row["hits"] for row in rows) / tokens == pytest.approx(look.accuracy)
+    assert {row["map"] for row in rows} == {"full"}
+
+
+def test_the_base_is_read_once_and_kept_to_the_bit(night: tuple[Plan, Speaker], tmp_path: Path) -> None:
+    made, speaker = night
+    listens, run = ear.ear(made), RunFolder(tmp_path)
+    first = ear.base(run)
+    first.of(speaker, listens.passages("train"))
+    known = first.of(speaker, listens.passages("held_out"))
+    found = ear.base(run).readings
+    assert found.keys() == known.keys()
+    assert all(np.array_equal(found[key].log_p, known[key].log_p) for key in known)
+    read = []
+    speaker_of = type("Deaf", (), {"score": lambda *_given, **_named: read.append(1)})()
+    ear.base(run).of(speaker_of, listens.passages("train"))
+    assert not read
+
+
+def test_the_words_of_a_run_are_quoted(night: tuple[Plan, Speaker]) -> None:
+    listens = ear.ear(night[0])
+    one = listens.passages("train")[0]
+    row = {"split": "train", "id": one.example, "format": one.format}
+    assert listens.quote({**row, "run_start": 0, "run_max": int(one.counted.sum())}) == one.answer.strip()
+    assert listens.quote({**row, "run_start": None, "run_max": 0}) == ""
+    words = listens.quote({**row, "run_start": 2, "run_max": 9})
+    assert words in one.answer
+    assert 5 < len(words.encode()) <= 9
