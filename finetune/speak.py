@@ -69,6 +69,21 @@ class Scored:
 
 
 @dataclass(frozen=True)
+class Contrast:
+    """One text's T supervised tokens, adapter beside base; float32, cpu. Nats but for `mass`, a share of probability.
+
+    `base_entropy` is the base's uncertainty at each token, `kl` how far the adapter has left it: KL(base || adapter).
+    """
+
+    log_p: Tensor
+    base_log_p: Tensor
+    kl: Tensor
+    base_entropy: Tensor
+    mass: Tensor  # on the marked tokens
+    base_mass: Tensor
+
+
+@dataclass(frozen=True)
 class Answer:
     """One generated answer, stop string cut off. `ended`: by a stop string or EOS, not by the length limit.
 
@@ -135,6 +150,41 @@ class Speaker:
         for row, (tokens, mask) in enumerate(zip(ids, masks, strict=True)):
             at = torch.tensor([t for t in range(1, len(tokens)) if mask[t]], dtype=torch.long, device=self._device)
             yield _score_row(plain, hidden[row, at - 1], inputs[row, at], asked)
+
+    def contrast(
+        self, ids: Sequence[Sequence[int]], masks: Sequence[Sequence[bool]], marked: Sequence[Tensor]
+    ) -> list[Contrast]:
+        """Both models' whole distributions where a mask is true; `marked`: for each text (vocabulary,) bool."""
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+        found: dict[int, Contrast] = {}
+        for batch in _batches(order, [len(row) for row in ids], self._batch_tokens):
+            inputs, attention = _pad([ids[i] for i in batch], left=False, device=self._device)
+            hidden = []
+            for base in (False, True):
+                with self._quiet(base):
+                    read = bare(self._model).get_decoder()(input_ids=inputs, attention_mask=attention, use_cache=False)
+                    hidden.append(read.last_hidden_state)
+            for row, i in enumerate(batch):
+                at = torch.tensor([t for t in range(1, len(ids[i])) if masks[i][t]], device=self._device).long()
+                found[i] = self._contrast_row([read[row, at - 1] for read in hidden], inputs[row, at], marked[i])
+        return [found[i] for i in range(len(ids))]
+
+    def _contrast_row(self, hidden: Sequence[Tensor], targets: Tensor, marked: Tensor) -> Contrast:
+        """Two of (T, hidden) against (T,); both logits are held for a few positions at a time."""
+        parts: list[list[Tensor]] = []
+        for start in range(0, len(targets), _HEAD_TOKENS // 2):
+            place = slice(start, start + _HEAD_TOKENS // 2)
+            with self._quiet(False):
+                own, base = (torch.log_softmax(logits_of(bare(self._model), one[place]), -1) for one in hidden)
+            wanted, chance = targets[place][:, None], base.exp()
+            kl = (chance * (base - own)).sum(-1).clamp(min=0)  # rounding goes below nothing
+            mark = torch.zeros(own.shape[-1], dtype=torch.bool)  # a head may have more rows than there are tokens
+            mark[: len(marked)] = marked
+            mark = mark.to(own.device)
+            said = [one.gather(-1, wanted)[:, 0] for one in (own, base)]
+            masses = [own[:, mark].exp().sum(-1), chance[:, mark].sum(-1)]
+            parts.append([*said, kl, -(chance * base).sum(-1), *masses])
+        return Contrast(*(_joined([part[k] for part in parts], torch.float32) for k in range(6)))
 
     def change(self, ids: Sequence[int], mask: Sequence[bool], exact: bool = False) -> float | None:
         """NLL with the adapter on minus off, nats per token. `exact`: in fp32, None where the base cannot."""
