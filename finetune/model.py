@@ -22,12 +22,13 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.utils import logging as talk
 
-from finetune import disk
+from finetune import disk, slices
 from finetune.errors import Problem, UserError, refuse
 from finetune.memory import KEPT_BYTES
+from finetune.slices import Slice
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 POCKET = Path(__file__).with_name("pocket_base")
@@ -130,20 +131,23 @@ def working_precision(device: torch.device) -> AbstractContextManager[Any]:
     return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
 
 
-def load_base(folder: Path, quantization: str, device: torch.device) -> Any:
-    """A frozen causal LM in eval mode on `device`: nf4 (double quantised), int8 or none. Errors: UserError."""
+def load_base(folder: Path, quantization: str, device: torch.device, part: Slice | None = None) -> Any:
+    """A frozen causal LM in eval mode on `device`: nf4 (double quantised), int8 or none. Errors: UserError.
+
+    `part`: a model of some of its layers alone.
+    """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     talk.disable_progress_bar()
+    how = {
+        "dtype": dtype,
+        "quantization_config": _bits(quantization, dtype),
+        "device_map": {"": device},
+        "trust_remote_code": False,
+        "use_safetensors": True,
+        "attn_implementation": "sdpa",
+    }
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            quantization_config=_bits(quantization, dtype),
-            device_map={"": device},
-            trust_remote_code=False,
-            use_safetensors=True,
-            attn_implementation="sdpa",
-        )
+        model = _part(folder, part, how) if part else AutoModelForCausalLM.from_pretrained(folder, **how)
     except (OSError, ValueError, SafetensorError) as fault:
         what = f"base: {folder.name} cannot be loaded: {str(fault).splitlines()[0]}"
         raise refuse(what, "It needs a config.json and the safetensors of a causal language model.") from fault
@@ -151,8 +155,15 @@ def load_base(folder: Path, quantization: str, device: torch.device) -> Any:
     model.eval()
     _keep_nf4_layout(model)
     _residual_in_fp32(model)
-    _prove_logits(model)
+    if part is None or part.outside:
+        _prove_logits(model)
     return model
+
+
+def _part(folder: Path, part: Slice, how: dict[str, Any]) -> Any:
+    about = slices.config(folder, part)
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(about)]
+    return kind.from_pretrained(None, config=about, state_dict=slices.weights(folder, part), **how)
 
 
 def _bits(quantization: str, dtype: torch.dtype) -> Any:
@@ -261,7 +272,7 @@ def _adapted(model: nn.Module) -> list[Any]:
 
 
 def _refuse_unknown_targets(model: nn.Module, targets: Iterable[str]) -> None:
-    inside = decoder_layers(model)[0]
+    inside = decoder_layers(model)[-1]
     linears = {name.rsplit(".", 1)[-1] for name, module in inside.named_modules() if isinstance(module, nn.Linear)}
     if missing := [target for target in targets if target not in linears]:
         raise refuse(

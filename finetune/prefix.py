@@ -1,0 +1,258 @@
+"""Activations below the lowest trained layer, computed once: what nobody trains need not be computed every epoch.
+
+The input to the first trained layer never changes while nothing below it is trained or random. It is computed layer by
+layer, one layer on the device at a time, kept on the disk, and handed to the upper layers in the embedding's place. A
+text nobody kept is computed when it is asked for. It decides nothing about training and knows no recipe.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes
+import torch
+import transformers
+from torch import Tensor, nn
+
+from finetune import model, slices
+from finetune.depot import Depot, home, name_of
+from finetune.errors import refuse
+from finetune.slices import Slice
+
+_PROBE = (1, 2, 3, 4, 5, 6, 7, 0)  # a text for the start-up checks; its tokens mean nothing
+_GIB = 2**30
+Ids = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Whose lower layers: the `first` ones of the base in `folder`, loaded as the run loads it."""
+
+    folder: Path
+    quantization: str
+    device: torch.device
+    first: int
+
+    def made(self) -> str:
+        """All that an activation depends on beside its tokens."""
+        versions = torch.__version__, transformers.__version__, bitsandbytes.__version__
+        machine = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.processor()
+        base = model.fingerprint(self.folder), [_stamp(file) for file in sorted(self.folder.glob("*.safetensors"))]
+        return repr((base, self.quantization, self.first, versions, str(self.device), machine))
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    about = file.stat()  # a snapshot's files are links: the file behind them counts
+    return about.st_size, about.st_mtime_ns
+
+
+class Below(nn.Module):
+    """Stands where a lower layer was; its work was done beforehand."""
+
+    def forward(self, hidden_states: Tensor, *_more: Any, **_named: Any) -> Tensor:
+        """As it came."""
+        return hidden_states
+
+
+def _passed_on(source: Source, part: Slice, hidden: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Each text's stream (T, hidden) after the layers of one slice, alone: no other text changes a bit of it."""
+    loaded = model.load_base(source.folder, source.quantization, source.device, part)
+    decoder = loaded.get_decoder()
+    decoder.norm = nn.Identity()
+    for one in hidden:
+        with torch.no_grad(), model.working_precision(source.device):
+            given = one[None].to(source.device)
+            yield decoder(inputs_embeds=given, use_cache=False).last_hidden_state[0].float().cpu()
+
+
+def _embedded(source: Source, texts: Sequence[Ids]) -> list[Tensor]:
+    table = model.load_base(source.folder, source.quantization, source.device, Slice(0, 0)).get_input_embeddings()
+    return [table(torch.tensor(ids, device=source.device)).detach().float().cpu() for ids in texts]
+
+
+def streamed(source: Source, texts: Sequence[Ids]) -> list[Tensor]:
+    """Input to the first trained layer, (T, hidden) fp32 each, with one layer on the device at a time."""
+    hidden = _embedded(source, texts)
+    for number in range(source.first):
+        hidden = list(_passed_on(source, Slice(number, number + 1, outside=False), hidden))
+    return hidden
+
+
+def check(source: Source) -> None:
+    """Whether two layers in two pieces are two layers in one, to the bit. Errors: UserError where they are not."""
+    text = torch.tensor([_PROBE], device=source.device) % _vocabulary(source.folder)
+    whole = model.load_base(source.folder, source.quantization, source.device, Slice(0, 2)).get_decoder()
+    whole.norm = nn.Identity()
+    with torch.no_grad(), model.working_precision(source.device):
+        at_once = whole(input_ids=text, use_cache=False).last_hidden_state[0].float().cpu()
+    apart = streamed(Source(source.folder, source.quantization, source.device, 2), [tuple(text[0].tolist())])[0]
+    if not torch.equal(at_once, apart):
+        what = f"base: the layers of {type(whole).__name__} cannot be computed one by one."
+        raise refuse(what, "Set machine.prefix_gib: 0 to train without stored activations.")
+
+
+def _vocabulary(folder: Path) -> int:
+    return int(slices.config(folder, Slice(0, 0)).get_text_config().vocab_size)
+
+
+@dataclass(frozen=True)
+class Filled:
+    """What filling took. `kept`: texts on the disk now; the other ones are computed whenever they are asked for."""
+
+    texts: int
+    computed: int
+    kept: int
+    gib: float
+    seconds: float
+
+
+class Prefix(nn.Module):
+    """Takes the embedding's place: token ids (B, T), padded with 0 on the right, to kept streams (B, T, hidden)."""
+
+    def __init__(self, source: Source, depot: Depot, lower: Lower) -> None:
+        super().__init__()
+        self._source, self._depot, self._lower = source, depot, lower
+        self._length: dict[Ids, int] = {}  # of a text that itself ends in token 0
+
+    def fill(self, texts: Iterable[Ids], gib_at_once: float = 2.0) -> Filled:
+        """Compute and keep whatever is not kept yet, as many texts at once as fit into `gib_at_once` of memory."""
+        began = time.monotonic()
+        wanted = list(dict.fromkeys(texts))
+        self._length |= {_trimmed(ids): len(ids) for ids in wanted if _trimmed(ids) != ids}
+        missing = [ids for ids in wanted if self._depot.get(name_of(ids)) is None]
+        kept = len(wanted) - len(missing)
+        for some in _portions(missing, self._lower.width, gib_at_once * _GIB):
+            for ids, hidden in zip(some, streamed(self._source, some), strict=True):
+                kept += self._depot.put(name_of(ids), hidden)
+        gib = sum(len(ids) for ids in wanted) * self._lower.width * 4 / _GIB
+        return Filled(len(wanted), len(missing), kept, gib, time.monotonic() - began)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """(B, T) to (B, T, hidden) fp32; zeros where a row is padding."""
+        rows = [self._text(row) for row in input_ids.tolist()]
+        out = torch.zeros((*input_ids.shape, self._lower.width))
+        for place, ids in zip(out, rows, strict=True):
+            place[: len(ids)] = self._stream(ids)
+        return out.to(input_ids.device)
+
+    def _text(self, row: list[int]) -> Ids:
+        ids = _trimmed(tuple(row))
+        return tuple(row[: self._length.get(ids, len(ids))])
+
+    def _stream(self, ids: Ids) -> Tensor:
+        known = self._depot.get(name_of(ids))
+        return known if known is not None else self._lower.stream(ids)
+
+
+def _trimmed(ids: Ids) -> Ids:
+    end = len(ids)
+    while end > 1 and ids[end - 1] == 0:
+        end -= 1
+    return ids[:end]
+
+
+def _portions(texts: list[Ids], width: int, size: float) -> Iterator[list[Ids]]:
+    some: list[Ids] = []
+    for ids in texts:
+        if some and sum(map(len, some), len(ids)) * width * 4 > size:
+            yield some
+            some = []
+        some.append(ids)
+    if some:
+        yield some
+
+
+@dataclass
+class Lower:
+    """The lower layers themselves, brought to the device when they are needed and sent back to the host after.
+
+    `calls`, `seconds`: how often, and what loading, moving and using them took.
+    """
+
+    source: Source
+    width: int
+    calls: int = 0
+    seconds: float = 0.0
+    _loaded: Any = field(default=None, repr=False)
+
+    @contextmanager
+    def here(self) -> Iterator[Any]:
+        """A model of these layers with its embedding, on the device while inside."""
+        began = time.monotonic()
+        if self._loaded is None:
+            part = Slice(0, self.source.first)
+            self._loaded = model.load_base(self.source.folder, self.source.quantization, self.source.device, part)
+        self._loaded.to(self.source.device)
+        try:
+            yield self._loaded
+        finally:
+            if self.source.device.type != "cpu":
+                self._loaded.to("cpu")
+            self.calls, self.seconds = self.calls + 1, self.seconds + time.monotonic() - began
+
+    def stream(self, ids: Ids) -> Tensor:
+        """Of one text, (T, hidden) fp32 on the host; the same bits as `streamed` gives."""
+        with self.here() as loaded:
+            decoder = loaded.get_decoder()
+            norm, decoder.norm = decoder.norm, nn.Identity()
+            try:
+                with torch.no_grad(), model.working_precision(self.source.device):
+                    given = torch.tensor([ids], device=self.source.device)
+                    hidden: Tensor = decoder(input_ids=given, use_cache=False).last_hidden_state[0].float().cpu()
+            finally:
+                decoder.norm = norm
+        return hidden
+
+
+@dataclass
+class Shortened:
+    """A base whose lower layers were done beforehand. `whole` brings them back for as long as a text is generated."""
+
+    model: Any
+    prefix: Prefix
+    lower: Lower
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """The full model while inside: generation writes tokens nobody has computed yet."""
+        plain = model.bare(self.model)
+        layers = model.decoder_layers(plain)
+        with self.lower.here() as loaded:
+            below = list(layers)[: self.lower.source.first]
+            _put(layers, loaded.get_decoder().layers)
+            plain.set_input_embeddings(loaded.get_input_embeddings())
+            try:
+                yield
+            finally:
+                _put(layers, below)
+                plain.set_input_embeddings(self.prefix)
+
+
+def _put(layers: nn.ModuleList, lowest: Iterable[nn.Module]) -> None:
+    for number, layer in enumerate(lowest):
+        layers[number] = layer
+
+
+def load(source: Source, limit_gib: float, root: Path | None = None) -> Shortened:
+    """The upper layers of a base, under the names they have in the whole one. Errors: UserError, see `check`."""
+    check(source)
+    count = slices.layer_count(source.folder)
+    upper = model.load_base(source.folder, source.quantization, source.device, Slice(source.first, count))
+    inner, whole = upper.config.get_text_config(), slices.config(source.folder, Slice(0, count)).get_text_config()
+    decoder = upper.get_decoder()
+    for layer in decoder.layers:
+        layer.self_attn.layer_idx += source.first
+    decoder.layers = nn.ModuleList([*(Below() for _ in range(source.first)), *decoder.layers])
+    inner.num_hidden_layers = count
+    if getattr(whole, "layer_types", None):
+        inner.layer_types = whole.layer_types
+    lower = Lower(source, int(inner.hidden_size))
+    made = Prefix(source, Depot(root or home(), source.made(), int(limit_gib * _GIB)), lower)
+    upper.set_input_embeddings(made)
+    return Shortened(upper, made, lower)
