@@ -55,7 +55,8 @@ class Staircase:
             return f"Staircase: {_LOST}, {len(self.boundaries)} epoch boundaries were seen and {_FEWEST} are needed."
         if step.low > 0 and rho is not None and rho >= _MOSTLY:
             flat = f"flat within epochs ({descent.value:+.3f})"
-            return f"Loss drops {jump.value:.3f} at each epoch boundary and is {flat}: only repeats help."
+            words = f"Loss drops {jump.value:.3f} at each epoch boundary and is {flat}: only repeats help"
+            return f"{words}; examples are being remembered one by one."
         if step.low > 0 and rho is not None:
             inside = f"{descent.value:.3f} within each epoch"
             return f"Loss drops {jump.value:.3f} at each epoch boundary and {inside}: {rho:.0%} of it needs a repeat."
