@@ -114,6 +114,11 @@ def _affordable(wanted: list[int], purse: float, price: float) -> list[int]:
     return sorted(wanted[len(wanted) - count :])
 
 
+def layers_below(layers: int, top: int | None, noise: float, prefix_gib: float) -> int:
+    """Lower layers whose work is done once: all below the `top` trained ones, unless they are random (`noise`)."""
+    return layers - top if top is not None and top < layers and not noise and prefix_gib > 0 else 0
+
+
 # what so few held-out examples can show; 95 %, one-sided
 
 # Student's t at 0.95 for 1 to 30 degrees of freedom; beyond, Cornish and Fisher's first term

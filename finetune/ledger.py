@@ -17,6 +17,7 @@ from typing import Any
 from finetune import machine, memory, recipe
 from finetune.bases import Known
 from finetune.errors import Problem, UserError
+from finetune.estimate import layers_below
 from finetune.memory import GIB, Load, gib
 from finetune.plan import Plan
 from finetune.runs import RunFolder
@@ -56,7 +57,9 @@ def _load(made: Plan, known: Known, checkpointing: bool) -> Load | None:
     layers = known.shape.layers if wanted.lora.layers == "all" else wanted.lora.layers.top
     adapter = memory.adapter_weights(known.shape, wanted.lora.rank, wanted.lora.targets, layers)
     tokens = made.micro_batch * made.longest()
-    return Load(known.shape, wanted.quantization, adapter, layers, wanted.optimizer.name, tokens, checkpointing)
+    noise, top = wanted.regularise.stochastic_depth, None if wanted.lora.layers == "all" else layers
+    below = layers_below(known.shape.layers, top, noise, wanted.machine.prefix_gib)
+    return Load(known.shape, wanted.quantization, adapter, layers, wanted.optimizer.name, tokens, checkpointing, below)
 
 
 def _memory(made: Plan, known: Known, room: float | None, problems: list[Problem]) -> Iterator[Fact]:
@@ -73,6 +76,10 @@ def _memory(made: Plan, known: Known, room: float | None, problems: list[Problem
     whole = sum(line.gib for line in lines.values())
     least = whole - lines["activations"].gib + lean.gib
     yield _total(made, whole, least)
+    if kept.below:
+        back = memory.lower_layers(kept)
+        why = f"{kept.below} lower layers, their work done once, come back to the device while an answer is written"
+        yield Fact("  generating", back, f"+ {gib(back)}", why)
     if room is not None:
         yield _against(made, room, (whole, least), kept, problems)
     have = machine.memory_gib()
@@ -140,8 +147,22 @@ def _disk(made: Plan, known: Known) -> Iterator[Fact]:
         free = shutil.disk_usage(os.getcwd()).free / GIB
         short = "; TOO LITTLE" if free < min(wanted, limit) else ""
         yield Fact("checkpoints", min(wanted, limit), gib(min(wanted, limit)), f"{why}; {free:,.0f} GiB free{short}")
+    if load is not None and load.below:
+        yield _prefix(made, load)
     shown = "unknown" if known.download is None else gib(known.download) if known.download else "nothing"
     yield Fact("download", known.download, shown, f"{known.name}, {known.download_from}")
+
+
+def _prefix(made: Plan, load: Load) -> Fact:
+    """Stored activations; sampled formats come on top, computed when they are drawn."""
+    texts = made.texts
+    items = [*texts.whole.values(), *texts.held_out.values(), *texts.twins.values(), *texts.replay]
+    size, limit = memory.prefix(load, sum(len(item.ids) for item in items)), made.recipe.machine.prefix_gib
+    why = f"{len(items)} texts below layer {load.below}, computed once and kept between runs"
+    over = (
+        f"; more than machine.prefix_gib {limit:g}: the rest is computed whenever it is needed" if size > limit else ""
+    )
+    return Fact("stored activations", size, gib(min(size, limit)), why + over)
 
 
 # time
@@ -160,7 +181,7 @@ def _minutes(made: Plan, known: Known) -> Iterator[Fact]:
     else:
         small = load.shape.weights < _SMALL
         again = not small and made.recipe.machine.activation_checkpointing is not False
-        seconds = memory.training_flops(load.shape, tokens, again) / (_CPU if small else _CARD)
+        seconds = memory.training_flops(replace(load, checkpointing=again), tokens) / (_CPU if small else _CARD)
         at = f"{_CPU / 1e9:g} GFLOP/s, two CPU cores" if small else f"{_CARD / 1e12:g} TFLOP/s, a consumer card"
         yield Fact("time", seconds / 60, f"~ {_time(seconds / 60)}", f"a guess: {tokens:,} tokens at {at}{looks}")
 

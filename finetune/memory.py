@@ -79,7 +79,10 @@ def adapter_weights(shape: Shape, rank: int, targets: Sequence[str], layers: int
 
 @dataclass(frozen=True)
 class Load:
-    """What a training puts on a GPU. `tokens`: of the largest micro-batch, padding included."""
+    """What a training puts on a GPU. `tokens`: of the largest micro-batch, padding included.
+
+    `layers`: those with an adapter. `below`: lower ones whose work is done once, before training.
+    """
 
     shape: Shape
     quantization: str
@@ -88,6 +91,12 @@ class Load:
     optimizer: str
     tokens: int
     checkpointing: bool
+    below: int = 0
+
+    @property
+    def frozen(self) -> float:
+        """Weights of the matrices that stay on the device."""
+        return self.shape.in_layers * (1 - self.below / self.shape.layers)
 
 
 @dataclass(frozen=True)
@@ -107,9 +116,11 @@ def bill(load: Load) -> list[Line]:
 def _bytes(load: Load) -> Iterator[tuple[str, float, str]]:
     shape, a_weight = load.shape, BYTES_A_WEIGHT[load.quantization]
     exact = "4 bits and 0.127 of double quantised scales" if load.quantization == "nf4" else f"{8 * a_weight:g} bits"
-    yield "base", shape.in_layers * a_weight, f"{short(shape.in_layers)} weights in layers, {exact} each"
-    table = "one table for both" if shape.tied else "a table each"
-    yield "embeddings, head", 2.0 * shape.outside, f"{short(shape.outside)} weights, {table}, bf16"
+    where = f"the upper {shape.layers - load.below} layers" if load.below else "layers"
+    yield "base", load.frozen * a_weight, f"{short(load.frozen)} weights in {where}, {exact} each"
+    table = "one table for both" if shape.tied else "the head alone" if load.below else "a table each"
+    outside = shape.vocabulary * shape.hidden if load.below else shape.outside
+    yield "embeddings, head", 2.0 * outside, f"{short(outside)} weights, {table}, bf16"
     yield "adapter", 4.0 * load.adapter, f"{short(load.adapter)} weights, fp32"
     yield "gradients", 4.0 * load.adapter, "as many, fp32"
     state = _OPTIMIZER[load.optimizer]
@@ -150,9 +161,19 @@ def guessed_checkpointing(shape: Shape, tokens: int, free_gib: float) -> bool:
     return KEPT_BYTES * shape.hidden * shape.layers * tokens > free_gib * GIB / 2
 
 
-def training_flops(shape: Shape, tokens: int, checkpointing: bool) -> float:
+def lower_layers(load: Load) -> float:
+    """GiB of the lower layers, which come back to the device whenever a text is generated."""
+    return (load.shape.in_layers - load.frozen) * BYTES_A_WEIGHT[load.quantization] / GIB
+
+
+def prefix(load: Load, tokens: int) -> float:
+    """GiB of stored activations of so many tokens: the fp32 stream."""
+    return 4.0 * load.shape.hidden * tokens / GIB
+
+
+def training_flops(load: Load, tokens: int) -> float:
     """Of a frozen base: 2 a weight and token forward, 2 backward, 2 more where the forward is done again."""
-    return (6.0 if checkpointing else 4.0) * (shape.in_layers + shape.outside) * tokens
+    return (6.0 if load.checkpointing else 4.0) * (load.frozen + load.shape.outside) * tokens
 
 
 def short(count: float) -> str:

@@ -52,6 +52,10 @@ def _stamp(file: Path) -> tuple[int, int]:
     return about.st_size, about.st_mtime_ns
 
 
+class NoRoom(RuntimeError):
+    """The lower layers cannot come back, so nothing can be generated here."""
+
+
 class Below(nn.Module):
     """Stands where a lower layer was; its work was done beforehand."""
 
@@ -177,6 +181,7 @@ class Lower:
 
     source: Source
     width: int
+    layer_bytes: int
     calls: int = 0
     seconds: float = 0.0
     _loaded: Any = field(default=None, repr=False)
@@ -196,8 +201,16 @@ class Lower:
                 self._loaded.to("cpu")
             self.calls, self.seconds = self.calls + 1, self.seconds + time.monotonic() - began
 
+    def fits(self) -> bool:
+        """Whether the device has room for all of them beside what is there; a tenth is left for their work."""
+        if self.source.device.type != "cuda":
+            return True
+        return bool(torch.cuda.mem_get_info(self.source.device)[0] * 0.9 > self.layer_bytes * self.source.first)
+
     def stream(self, ids: Ids) -> Tensor:
-        """Of one text, (T, hidden) fp32 on the host; the same bits as `streamed` gives."""
+        """Of one text, (T, hidden) fp32 on the host; the same bits whether all layers fit at once or one by one."""
+        if not self.fits():
+            return streamed(self.source, [ids])[0]
         with self.here() as loaded:
             decoder = loaded.get_decoder()
             norm, decoder.norm = decoder.norm, nn.Identity()
@@ -220,7 +233,9 @@ class Shortened:
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        """The full model while inside: generation writes tokens nobody has computed yet."""
+        """The full model while inside: generation writes tokens nobody has computed yet. Errors: NoRoom."""
+        if not self.lower.fits():
+            raise NoRoom(f"the {self.lower.source.first} lower layers do not fit on the device beside the upper ones")
         plain = model.bare(self.model)
         layers = model.decoder_layers(plain)
         with self.lower.here() as loaded:
@@ -252,7 +267,11 @@ def load(source: Source, limit_gib: float, root: Path | None = None) -> Shortene
     inner.num_hidden_layers = count
     if getattr(whole, "layer_types", None):
         inner.layer_types = whole.layer_types
-    lower = Lower(source, int(inner.hidden_size))
+    lower = Lower(source, int(inner.hidden_size), _bytes(decoder.layers[-1]))
     made = Prefix(source, Depot(root or home(), source.made(), int(limit_gib * _GIB)), lower)
     upper.set_input_embeddings(made)
     return Shortened(upper, made, lower)
+
+
+def _bytes(layer: nn.Module) -> int:
+    return sum(weight.numel() * weight.element_size() for weight in layer.parameters())

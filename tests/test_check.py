@@ -204,6 +204,17 @@ def test_a_seven_b_in_four_bits_fits_twelve_gib_only_when_checkpointed() -> None
     assert base == pytest.approx(6_979_321_856 * (4 + 0.127) / 8 / 2**30, rel=1e-3)  # 0.127 bits [QLoRA]
 
 
+def test_what_lies_below_the_trained_layers_is_neither_held_nor_computed() -> None:
+    shape = memory.WELL_KNOWN["mistral-7b-v0.1"]
+    loads = [Load(shape, "nf4", 10_485_760, 8, "adamw", 1024, True, below) for below in (0, 24)]
+    whole, short = ({line.name: line.gib for line in memory.bill(load)} for load in loads)
+    assert short["base"] == pytest.approx(whole["base"] / 4)
+    assert sum(short.values()) < 3 < sum(whole.values())
+    assert memory.lower_layers(loads[1]) == pytest.approx(whole["base"] * 3 / 4)
+    assert memory.training_flops(loads[1], 1) < 0.3 * memory.training_flops(loads[0], 1)
+    assert memory.prefix(loads[1], 1024) == 1024 * 4096 * 4 / 2**30
+
+
 def test_minutes_come_from_a_run_on_this_machine(sft: paper.Door, tmp_path: Path) -> None:
     paper.folder(tmp_path)
     assert "a guess" in sft("check", "r.yaml")[1]

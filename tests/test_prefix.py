@@ -103,6 +103,18 @@ def test_generation_uses_the_whole_model_and_leaves_the_short_one(folder: Path, 
     assert torch.equal(loss_and_gradients(short.model, TEXTS[:1])[0], loss_and_gradients(whole, TEXTS[:1])[0])
 
 
+def test_a_base_too_large_for_the_device_is_read_but_does_not_write(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, short = attached(model.load_base(folder, "nf4", tiny.CPU)), shortened(folder, tmp_path)
+    monkeypatch.setattr(prefix.Lower, "fits", lambda _self: False)
+    for text in TEXTS:
+        assert torch.equal(loss_and_gradients(short.model, [text])[0], loss_and_gradients(whole, [text])[0])
+    assert short.lower.calls == 0
+    with pytest.raises(prefix.NoRoom), short.whole():
+        pass
+
+
 def test_an_adapter_of_the_short_model_is_one_of_the_whole(folder: Path, tmp_path: Path) -> None:
     whole, short = (
         model.attach(model.load_base(folder, "none", tiny.CPU), SHAPE, 5),
