@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from finetune import grammar, prompts
+from finetune import grammar, prompts, scaffold
 from finetune.batches import Item, goldfish, seeded
 from finetune.conversation import Conversation
 from finetune.errors import Problem, UserError
@@ -93,17 +93,26 @@ class Wardrobe:
         return len(made.ids) + asked * exchange + system * (turns[0].role == "system") + 2 * len(turns) + 2
 
     def _fits(self, fmt: Format, one: Conversation) -> bool:
-        """It asks as no format of the recipe does, opens no turn like a held-out one, and cuts no answer short."""
-        sent, heads = self._taken
-        if grammar.sends(fmt) in sent or _head(fmt) in heads:
+        """It asks as no format of the recipe does, opens no turn as a held-out family does, and cuts no answer short.
+
+        How a role stands is what a family has in common: `### Human:` held out, `### Guest:` is not drawn either.
+        """
+        sent, heads, shapes = self._taken
+        if grammar.sends(fmt) in sent or scaffold.head(fmt) in heads or scaffold.shape(fmt.user_prefix) in shapes:
             return False
         answers = [turn.text for turn in one.turns if turn.role == "assistant"]
         return not any(stop in answer for stop in fmt.stop_strings for answer in answers)
 
     @cached_property
-    def _taken(self) -> tuple[frozenset[str], frozenset[str]]:
-        held_out = (self.known[name] for name in self.formats.held_out if name in self.known)
-        return frozenset(map(self._sends, self.known.values())), frozenset(map(_head, held_out)) - {""}
+    def _taken(self) -> tuple[frozenset[str], frozenset[str], frozenset[str]]:
+        """What the recipe's formats send; how held-out ones open a turn; and how roles stand in them alone."""
+        trained, held_out = (
+            [self.known[name] for name in names if name in self.known]
+            for names in (self.formats.train, self.formats.held_out)
+        )
+        shapes = [{scaffold.shape(one.user_prefix) for one in side} for side in (trained, held_out)]
+        heads = frozenset(map(scaffold.head, held_out)) - {""}
+        return frozenset(map(self._sends, self.known.values())), heads, frozenset(shapes[1] - shapes[0] - {""})
 
     def _sends(self, fmt: Format) -> str:
         if fmt.name != prompts.NATIVE.name:
@@ -112,7 +121,3 @@ class Wardrobe:
             return prompts.prompt_text(PROBE.turns[:1], fmt, self.vocabulary).rstrip()
         except UserError:  # told with the format, which is not worn then
             return ""
-
-
-def _head(fmt: Format) -> str:
-    return fmt.user_prefix.strip().casefold()
