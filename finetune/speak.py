@@ -18,14 +18,15 @@ from transformers import (
     GenerationConfig,
     LogitsProcessorList,
     MinPLogitsWarper,
-    StoppingCriteria,
     StoppingCriteriaList,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
+from finetune import lots
 from finetune.model import bare, frozen_random_state, logits_of, working_precision
+from finetune.runlength import Bools
 
 _HEAD_TOKENS = 512  # positions sent through the head at once: bounds the fp32 logits to 512 x vocabulary
 
@@ -152,7 +153,7 @@ class Speaker:
             yield _score_row(plain, hidden[row, at - 1], inputs[row, at], asked)
 
     def contrast(
-        self, ids: Sequence[Sequence[int]], masks: Sequence[Sequence[bool]], marked: Sequence[Tensor]
+        self, ids: Sequence[Sequence[int]], masks: Sequence[Sequence[bool]], marked: Sequence[Bools]
     ) -> list[Contrast]:
         """Both models' whole distributions where a mask is true; `marked`: for each text (vocabulary,) bool."""
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
@@ -169,7 +170,7 @@ class Speaker:
                 found[i] = self._contrast_row([read[row, at - 1] for read in hidden], inputs[row, at], marked[i])
         return [found[i] for i in range(len(ids))]
 
-    def _contrast_row(self, hidden: Sequence[Tensor], targets: Tensor, marked: Tensor) -> Contrast:
+    def _contrast_row(self, hidden: Sequence[Tensor], targets: Tensor, marked: Bools) -> Contrast:
         """Two of (T, hidden) against (T,); both logits are held for a few positions at a time."""
         parts: list[list[Tensor]] = []
         for start in range(0, len(targets), _HEAD_TOKENS // 2):
@@ -179,7 +180,7 @@ class Speaker:
             wanted, chance = targets[place][:, None], base.exp()
             kl = (chance * (base - own)).sum(-1).clamp(min=0)  # rounding goes below nothing
             mark = torch.zeros(own.shape[-1], dtype=torch.bool)  # a head may have more rows than there are tokens
-            mark[: len(marked)] = marked
+            mark[: len(marked)] = torch.from_numpy(marked)
             mark = mark.to(own.device)
             said = [one.gather(-1, wanted)[:, 0] for one in (own, base)]
             masses = [own[:, mark].exp().sum(-1), chance[:, mark].sum(-1)]
@@ -226,30 +227,55 @@ class Speaker:
     ) -> list[Answer]:
         """Answers to prompts given as token ids, batched with a KV cache; each stops at a stop string or EOS.
 
-        Greedy without a `sampler`; with one, the same prompts in the same batch and `seed` give the same draws.
+        Greedy without a `sampler`; with one, a draw of each prompt that `seed` (from 0) decides and not its batch; the
+        same prompt again in this call is drawn anew. As many at once as the memory takes.
         """
-        if not prompts:
-            return []
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        room = lots.room(bare(self._model).config, self._device)
+        sizes = [max(len(row) / self._batch_tokens, (len(row) + max_new_tokens) / room) for row in prompts]
+        drawn = lots.lots(prompts, seed, max_new_tokens) if sampler and prompts else None
+        found: dict[int, Answer] = {}
+        share = 1.0
+        while order:
+            batch = next(_batches(order, sizes, share))
+            some = [prompts[i] for i in batch]
+            warped = (sampler.warp, drawn[batch]) if sampler is not None and drawn is not None else None
+            try:
+                with self._quiet(base):
+                    told = self._complete(some, stops, max_new_tokens, warped)
+            except torch.OutOfMemoryError:
+                if len(batch) == 1:
+                    raise
+                half = len(batch) // 2
+                share = half * sizes[batch[half - 1]]
+                continue
+            found.update(zip(batch, told, strict=True))
+            order = order[len(batch) :]
+        return [found[i] for i in range(len(prompts))]
+
+    def _complete(
+        self, prompts: Sequence[Sequence[int]], stops: Sequence[str], most: int, warped: tuple[Any, Any] | None
+    ) -> list[Answer]:
+        """One batch; `warped`: how logits become odds, and a lot for each answer and token."""
         inputs, attention = _pad(prompts, left=True, device=self._device)
-        watch = _Stops(self._tokenizer, stops, inputs.shape[1])
+        start = inputs.shape[1]
         config = GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            **_drawing(sampler),
+            max_new_tokens=most,
+            do_sample=False,  # a lot leaves one token possible
             eos_token_id=self._eos,
             pad_token_id=self._eos or 0,
             use_cache=True,
             repetition_penalty=1.0,  # what is left out, the base's own generation_config would fill in
             no_repeat_ngram_size=0,
         )
-        with self._quiet(base):
-            torch.manual_seed(seed)
-            out = self._model.generate(
-                input_ids=inputs,
-                attention_mask=attention,
-                generation_config=config,
-                stopping_criteria=StoppingCriteriaList([watch]),
-            )
-        return [self._answer(row[inputs.shape[1] :].tolist(), stops) for row in out]
+        out = self._model.generate(
+            input_ids=inputs,
+            attention_mask=attention,
+            generation_config=config,
+            logits_processor=LogitsProcessorList([lots.Lots(*warped, start)] if warped else []),
+            stopping_criteria=StoppingCriteriaList([lots.Stops(self._tokenizer, stops, start)]),
+        )
+        return [self._answer(row[start:].tolist(), stops) for row in out]
 
     def _answer(self, ids: list[int], stops: Sequence[str]) -> Answer:
         ended = self._eos in ids
@@ -300,29 +326,6 @@ class Speaker:
             self._model.train(training)
 
 
-def _drawing(sampler: Sampler | None) -> dict[str, Any]:
-    """For `generate`, which would fill in what is left out."""
-    if sampler is None:
-        return {"do_sample": False}
-    top_p = 1.0 if sampler.top_p is None else sampler.top_p
-    drawn = {"temperature": float(sampler.temperature), "top_k": sampler.top_k or 0, "top_p": top_p}
-    return {"do_sample": True, **drawn, "min_p": sampler.min_p}
-
-
-class _Stops(StoppingCriteria):  # type: ignore[misc]  # transformers is untyped
-    """Ends a row when its new text holds a stop string; looks at a tail only, long enough for the longest stop."""
-
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], start: int) -> None:
-        self._tokenizer, self._start = tokenizer, start
-        self._stops = [stop for stop in stops if stop]
-        self._tail = 2 + max((len(stop.encode()) for stop in self._stops), default=0)
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **_unused: Any) -> Tensor:
-        tails = [row[self._start :][-self._tail :].tolist() for row in input_ids]
-        texts = [self._tokenizer.decode(tail, skip_special_tokens=False) for tail in tails]
-        return torch.tensor([any(stop in text for stop in self._stops) for text in texts], device=input_ids.device)
-
-
 def _score_row(plain: Any, hidden: Tensor, targets: Tensor, asked: _Asked) -> Scored:
     """Hidden states (T, hidden) against the tokens that follow them (T,); logits are held for a few at a time."""
     log_p, hits, margins = [], [], []
@@ -371,7 +374,7 @@ def _pad(rows: Sequence[Sequence[int]], left: bool, device: torch.device) -> tup
     return ids.to(device), seen.to(device)
 
 
-def _batches(order: Sequence[int], lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+def _batches(order: Sequence[int], lengths: Sequence[float], budget: float) -> Iterator[list[int]]:
     """Rows of like length together, padded size within `budget` tokens; a longer row goes alone."""
     batch: list[int] = []
     for i in order:

@@ -13,18 +13,22 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in ROO
 # From the ground up: a room imports only from the lines above its own. Floors 0 and 1 of the house are split where one
 # of their rooms stands on another.
 FLOORS = (
-    "errors conversation overlap format fields draw disk machine seals memory chance runlength private tables terminal",
-    "yamlfile markdown rows masks template filling manner reading formula regroup",
-    "places shelf habits passage scaffold scripts phrases facts",
+    "errors conversation overlap format fields draw disk machine seals memory chance runlength private tables until"
+    " terminal",
+    "yamlfile markdown rows masks template filling manner reading formula regroup pane spans almost",
+    "places shelf habits passage recital allowed sources scaffold scripts phrases facts",
     "grammar",
     "recipe corpus prompts estimate runs curve starters world batches bases",
-    "lint rules suite",
+    "sheet lint rules suite",
     "wardrobe replay evidence trend",
     "plan slices depot orders inventory signs heard",
-    "model",
+    "model lots",
     "train speak prefix pocket looks wording ledger byheart",
     "echo leak robustness drift plots outlook opened verdict",
-    "ear keeping",
+    "ear keeping voice",
+    "talk",
+    "sitting",
+    "commands",
     "vigil report chat export hub screen preview",
     "night",
     "sweep",
