@@ -15,7 +15,7 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in ROO
 FLOORS = (
     "errors conversation overlap format fields draw disk machine seals memory chance runlength private tables until"
     " terminal",
-    "yamlfile markdown rows masks template filling manner reading formula regroup pane spans almost",
+    "yamlfile markdown rows masks template filling manner reading formula regroup transfer likeness pane spans almost",
     "places shelf habits passage recital allowed sources scaffold scripts phrases facts",
     "grammar",
     "recipe corpus prompts estimate runs curve starters world batches bases",
@@ -24,8 +24,9 @@ FLOORS = (
     "plan slices depot orders inventory signs heard",
     "model lots",
     "train speak prefix pocket looks wording ledger byheart",
+    "reach replies",
     "echo leak robustness drift plots outlook opened verdict",
-    "ear keeping voice",
+    "ear keeping grid voice",
     "talk",
     "sitting",
     "commands",
