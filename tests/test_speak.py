@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import memorised
 import pytest
 import tiny
 import torch
-from torch.nn.functional import cross_entropy, log_softmax
+from torch.nn.functional import cross_entropy, log_softmax, softmax
 from transformers import GenerationConfig
 
-from finetune import looks, model
+from finetune import looks, lots, model
 from finetune.batches import Group, Item
 from finetune.masks import Vocabulary
 from finetune.speak import Pass, Sampler, Speaker
@@ -230,6 +231,63 @@ def test_drawn_answers_depend_on_the_seed_alone(talker: tuple[Speaker, list[list
     assert first == same
     assert first != other
     assert speaks.complete(prompts, [], 12, sampler=Sampler(top_k=1), seed=3) == speaks.complete(prompts, [], 12)
+
+
+def test_a_draw_does_not_depend_on_what_is_drawn_beside_it(talker: tuple[Speaker, list[list[int]]]) -> None:
+    speaks, prompts = talker
+    hot = Sampler(1.2, top_k=40, top_p=0.95)
+    together = speaks.complete(prompts, [], 12, sampler=hot, seed=4)
+    assert [speaks.complete([one], [], 12, sampler=hot, seed=4)[0] for one in prompts] == together
+    first, second = speaks.complete(prompts[1:2] * 2, [], 12, sampler=hot, seed=4)
+    assert first == together[1] != second
+
+
+def test_draws_follow_the_sampler(net: Any) -> None:
+    cool = Sampler(3.0, top_k=6, top_p=0.9)  # loud random weights: hot, so that there is a choice
+    count = 4000
+    odds = softmax(cool.warp(tiny.logits(net, IDS[0])[-1:]), -1)[0]
+    told = lots.lots([IDS[0]] * count, 1, 1)
+    drawn = lots.Lots(cool.warp, told, 5)(torch.zeros(count, 5), tiny.logits(net, IDS[0])[-1:].expand(count, -1))
+    counts = drawn.argmax(-1).bincount(minlength=len(odds)).tolist()
+    assert sum(n > 0 for n in counts) > 2
+    assert all(memorised.two_sided(n, count, float(p)) > 1e-4 for n, p in zip(counts, odds, strict=True))
+
+
+@pytest.mark.parametrize("fits", [1, 3])
+def test_a_batch_that_does_not_fit_is_halved(talker: tuple[Speaker, list[list[int]]], fits: int) -> None:
+    speaks, prompts = talker
+    wanted = speaks.complete(prompts * 3, ["."], 12)
+    sizes = []
+
+    def full(_layer: Any, given: tuple[torch.Tensor]) -> None:
+        sizes.append(len(given[0]))
+        if len(given[0]) > fits:
+            raise torch.OutOfMemoryError
+
+    hook = speaks._model.get_input_embeddings().register_forward_pre_hook(full)
+    try:
+        assert speaks.complete(prompts * 3, ["."], 12) == wanted
+    finally:
+        hook.remove()
+    assert max(sizes) == 9
+    assert min(sizes) <= fits
+
+
+def test_answers_are_written_as_many_at_once_as_fit(
+    talker: tuple[Speaker, list[list[int]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    speaks, prompts = talker
+    config = speaks._model.config
+    each = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
+    assert lots.room(config, tiny.CPU) == 2**30 // each
+    wanted, sizes = speaks.complete(prompts, [], 12), []
+    monkeypatch.setattr("finetune.lots._HOST", each * (12 + len(prompts[1])))  # the longest, alone
+    hook = speaks._model.get_input_embeddings().register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
+    try:
+        assert speaks.complete(prompts, [], 12) == wanted
+    finally:
+        hook.remove()
+    assert set(sizes) == {1}
 
 
 def draw(*_given: Any) -> None:
