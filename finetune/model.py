@@ -260,14 +260,19 @@ def attach(model: Any, shape: LoraShape, seed: int) -> Any:
     )
     torch.manual_seed(seed)
     adapted = get_peft_model(model, config)
-    for module in _adapted(adapted):
-        module.base_layer.register_forward_hook(lambda _module, _given, output: output.float())
+    sum_in_fp32(adapted)
     assert_fp32_adapter(adapted)
     return adapted.train()  # every module alike, so that a look that restores the mode changes nothing
 
 
+def sum_in_fp32(model: nn.Module) -> None:
+    """PEFT adds an adapter in the dtype of the base's output, so that must be fp32 at every adapted layer."""
+    for module in _adapted(model):
+        module.base_layer.register_forward_hook(lambda _module, _given, output: output.float())
+
+
 def _adapted(model: nn.Module) -> list[Any]:
-    """The linear layers an adapter adds to: PEFT adds in the dtype of the base's output, so that must be fp32."""
+    """The linear layers an adapter adds to."""
     return [module for module in model.modules() if hasattr(module, "lora_A") and hasattr(module, "base_layer")]
 
 
