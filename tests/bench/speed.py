@@ -1,0 +1,165 @@
+"""`sft train`, all layers and the upper half and quarter, beside `trl sft` at a 0.1 B shape: one table, one run.
+
+    .venv/bin/python tests/bench/speed.py [LENGTHS] [BATCHES] [STEPS]
+
+LENGTHS and BATCHES are lists such as 128,256,512 and 1,4. A random Mistral of 99 M weights in 16 layers, NF4, rank 16
+on seven matrices, one thread, 16 rows of equal length. Steps are the median of all but the first; wall seconds hold
+imports, loading, stored activations and, for ours, looks. TRL trains all layers; with the upper ones alone the work is
+not the same, and the table says what the shortcut buys, not that losses agree.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import against_trl
+import tiny
+import torch
+from against_trl import HERE, timed
+from transformers import MistralConfig, MistralForCausalLM
+
+from finetune import plan, recipe, runs
+
+LAYERS, ROWS = 16, 16
+ARMS: tuple[tuple[str, int | None], ...] = (("all layers", None), ("top half", 8), ("top quarter", 4))
+
+
+def base(folder: Path) -> Path:
+    torch.manual_seed(0)
+    about = MistralConfig(
+        vocab_size=32000, hidden_size=768, intermediate_size=2048, num_hidden_layers=LAYERS, num_attention_heads=12,
+        num_key_value_heads=4, max_position_embeddings=4096, bos_token_id=256, eos_token_id=257,
+    )  # fmt: skip
+    MistralForCausalLM(about).to(torch.bfloat16).save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    return folder
+
+
+def rows(folder: Path, length: int) -> Path:
+    """Sixteen rows and eight held-out ones of about `length` byte tokens, a third of them prompt."""
+    draw = random.Random(length)
+    path = folder / f"rows-{length}.jsonl"
+
+    def words(size: int) -> str:
+        text = " ".join("".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(2, 9))) for _ in range(size))
+        return text[:size].strip()
+
+    told = [
+        {"id": f"r{n}", "messages": [
+            {"role": "user", "content": words(length // 3)},
+            {"role": "assistant", "content": words(length - length // 3 - 75)},
+        ]}
+        for n in range(ROWS + 8)
+    ]  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in told))
+    return path
+
+
+def our_recipe(folder: Path, model: Path, data: Path, top: int | None, batch: int, epochs: int) -> Path:
+    path = folder / "ours.yaml"
+    settings = {
+        "base": str(model),
+        "data": {"train": str(data), "held_out": 8 / (ROWS + 8), "max_tokens": 4096},
+        "formats": {"train": ["chatml"], "held_out": ["zephyr"]},
+        "lora": {"layers": "all" if top is None else {"top": top}},
+        "optimizer": {"learning_rate": 1e-4},
+        "epochs": epochs,
+        "batch_size": batch,
+        "watch": {"prompts": []},
+    }
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def ours(path: Path, run: Path) -> dict[str, Any]:
+    wall, _ = timed([str(HERE / ".venv/bin/sft"), "train", str(path), "--out", str(run)])
+    steps = [row for row in runs.read_lines(run / "metrics.jsonl") if row["kind"] == "step"]
+    return {
+        "wall": wall,
+        "first": steps[0]["seconds"],
+        "step": statistics.median(row["seconds"] for row in steps[1:]),
+        "gib": max(row["gib"] for row in steps),
+        "tokens": steps[-1]["tokens"],
+        "loss": steps[-1]["loss"],
+        "looking": runs.read_json(run / "run.json")["spent"]["share_looking"],
+    }
+
+
+def theirs(folder: Path, model: Path, path: Path, batch: int, epochs: int) -> dict[str, Any]:
+    made = plan.make(recipe.load(path), model)
+    told = [
+        {"input_ids": list(i.ids), "labels": [t if on else -100 for t, on in zip(i.ids, i.trained, strict=True)]}
+        for i in made.epochs.order(0)
+    ]
+    data = folder / "trl-rows"
+    data.mkdir(exist_ok=True)
+    (data / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in told))
+    config = against_trl.their_config(data, folder)
+    settings = yaml.safe_load(config.read_text())
+    settings |= {"model_name_or_path": str(model), "num_train_epochs": epochs, "per_device_train_batch_size": batch}
+    settings |= {"learning_rate": 1e-4}
+    config.write_text(yaml.safe_dump(settings))
+    wall, said = timed([str(HERE / ".venv/bin/trl"), "sft", "--config", str(config)])
+    runtime = float(re.findall(r"'train_runtime': '?([0-9.]+)'?", said)[-1])
+    losses = [float(one) for one in against_trl.LOSS.findall(said)]
+    tokens = sum(len(row["input_ids"]) for row in told)
+    return {"wall": wall, "step": runtime / len(losses), "tokens": tokens / (len(losses) / epochs), "loss": losses[-1]}
+
+
+def table(model: Path, folder: Path, lengths: list[int], batches: list[int], steps: int) -> Iterator[Mapping[str, Any]]:
+    for length in lengths:
+        data = rows(folder, length)
+        for batch in batches:
+            epochs = max(2, -(-steps * batch // ROWS))
+            where = {"length": length, "batch": batch}
+            for name, top in ARMS:
+                path = our_recipe(folder, model, data, top, batch, epochs)
+                run = folder / f"run-{length}-{batch}-{top}"
+                yield {**where, "arm": f"sft, {name}", **ours(path, run)}
+                if top is not None:
+                    yield {**where, "arm": f"sft, {name}, again", **ours(path, Path(f"{run}-again"))}
+            path = our_recipe(folder, model, data, None, batch, epochs)
+            yield {**where, "arm": "trl sft", **theirs(folder, model, path, batch, epochs)}
+
+
+def show(found: list[Mapping[str, Any]]) -> None:
+    print(
+        f"{'length':>6} {'batch':>5}  {'':24}{'wall s':>8}{'s/step':>9}{'tok/s':>8}{'GiB':>7}{'loss':>8}{'of trl':>9}"
+    )
+    for one in found:
+        trl = next(o for o in found if o["arm"] == "trl sft" and all(o[k] == one[k] for k in ("length", "batch")))
+        gib = f"{one['gib']:7.2f}" if "gib" in one else f"{'':7}"
+        rate, ratio = one["tokens"] / one["step"], f"{one['wall'] / trl['wall']:.2f} {one['step'] / trl['step']:.2f}"
+        print(
+            f"{one['length']:6} {one['batch']:5}  {one['arm']:24}{one['wall']:8.1f}{one['step']:9.2f}{rate:8.0f}"
+            f"{gib}{one['loss']:8.3f}{ratio:>12}"
+        )
+
+
+def main() -> None:
+    given = sys.argv[1:]
+    lengths, batches = ([int(x) for x in one.split(",")] for one in (*given[:2], *("256", "1")[len(given[:2]) :]))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        os.environ["XDG_CACHE_HOME"] = str(folder / "cache")  # nothing is stored before the first run
+        model = base(folder / "base")
+        show(list(table(model, folder, lengths, batches, int(given[2]) if len(given) > 2 else 32)))
+
+
+if __name__ == "__main__":
+    main()
