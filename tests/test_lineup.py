@@ -1,0 +1,95 @@
+"""What is measured: each format once, strangers apart from relations, nothing sampled that was trained, all in turn."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import pytest
+
+from finetune import grammar, lineup, starters
+from finetune.errors import UserError
+from finetune.lineup import Recipe
+from finetune.prompts import NATIVE, PROBE, load, prompt_text
+
+SUITE = lineup.suite()
+RECIPE = Recipe(
+    load(("chatml", "alpaca", "vicuna-v1.1", "user-assistant-plain", "md-bold-role")),
+    load(("zephyr", "guanaco", "mistral-v1", "openchat-3.5", "xml-tags")),
+    system="Be kind.",
+)
+WHOLE = lineup.whole(RECIPE, SUITE)
+
+
+def test_every_format_is_measured_once_and_every_prompt_side_of_strangers_too() -> None:
+    assert max(Counter(one.name for one in WHOLE).values()) == 1
+    prompts = [prompt_text(PROBE.turns[:1], one.format).rstrip() for one in WHOLE if one.group != "slip"]
+    assert [text for text, count in Counter(prompts).items() if count > 1] == []
+    assert len({grammar.sends(one.format) for one in WHOLE if one.group == "sampled"}) == SUITE.sampled
+
+
+def test_the_shipped_recipe_is_measured_in_fifteen_prompt_sides_of_five_untouched_families() -> None:
+    sides = lineup.distinct_prompts(WHOLE)
+    assert len(sides) >= 5
+    assert sum(sides.values()) >= 15
+    groups = Counter(one.group for one in WHOLE)
+    assert groups["sampled"] == SUITE.sampled >= 40
+    assert groups["slip"] >= 10
+    assert groups["near"] >= 5
+
+
+def test_relations_of_trained_formats_are_no_strangers() -> None:
+    groups = {one.name: (one.group, one.of) for one in WHOLE}
+    assert groups["zephyr"] == ("held_out", "")
+    assert groups["llama-3"] == ("near", "chatml")
+    assert groups["openorca-openchat"] == ("near", "vicuna-v1.1")  # asks with `User:`, whatever its family
+    assert groups["chatml~blank-line"] == ("slip", "chatml")
+    assert groups["chatml~no-system"] == ("slip", "chatml")
+    slips = [one.format for one in lineup.strange(Recipe(RECIPE.trained, ()), SUITE) if one.group == "slip"]
+    assert "chatml~no-system" not in {one.name for one in slips}  # nobody would see it
+
+
+def test_what_was_worn_in_training_is_not_measured_as_new() -> None:
+    sampled = [one.name for one in WHOLE if one.group == "sampled"]
+    worn = Recipe(RECIPE.trained, RECIPE.held_out, worn=frozenset(sampled[:10]))
+    again = [one.name for one in lineup.whole(worn, SUITE) if one.group == "sampled"]
+    assert set(again) & set(sampled[:10]) == set()
+    assert len(again) == len(sampled)
+
+
+def test_an_own_format_is_measured_once_and_told_apart() -> None:
+    (mine,) = islice(grammar.samples("mine"), 1)
+    found = lineup.whole(Recipe(RECIPE.trained, (), own=(mine, RECIPE.trained[0])), SUITE)
+    assert [one.name for one in found if one.group == "own"] == [mine.name]
+    assert lineup.whole(Recipe((NATIVE,), ()), SUITE)[0].group == "trained"
+
+
+@pytest.mark.parametrize(("count", "formats"), [(15, 57), (10, 20), (3, 1), (4, 0), (12, 12)])
+def test_rotation_meets_all_formats_in_turn(count: int, formats: int) -> None:
+    ids, names = [f"e{i}" for i in range(count)], [f"f{i}" for i in range(formats)]
+    seen: Counter[str] = Counter(dict.fromkeys(names, 0))
+    pairs: Counter[tuple[str, str]] = Counter()
+    for look in range(40):
+        found = lineup.rotation(0, look, ids, names)
+        assert found == lineup.rotation(0, look, ids, names)
+        assert [*found] == ids
+        assert {len(met) for met in found.values()} == {min(2, formats)}
+        assert all(len(set(met)) == len(met) for met in found.values())
+        seen.update(name for met in found.values() for name in met)
+        pairs.update((name, met) for name, some in found.items() for met in some)
+        assert max(seen.values(), default=0) - min(seen.values(), default=0) <= 1
+    if formats > 2:
+        assert max(pairs.values()) < 20 * min(2, formats)  # no example keeps to one format
+        assert lineup.rotation(1, 0, ids, names) != lineup.rotation(0, 0, ids, names)
+
+
+def test_a_suite_with_faults_names_every_line(tmp_path: Path) -> None:
+    text = starters.find("formats", "suites").read_text().replace("- metharme", "- metharm")
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"a\.yaml:9  metharm is not a prompt format\.  Did you mean metharme\?"):
+        lineup.suite(tmp_path / "a.yaml")
+    (tmp_path / "b.yaml").write_text(text.replace("early: 0.25", "early: 2").replace("each: 2", "eech: 2"))
+    with pytest.raises(UserError) as told:
+        lineup.suite(tmp_path / "b.yaml")
+    assert {one.what.partition(":")[0] for one in told.value.problems} == {"early", "each", "eech"}
