@@ -226,9 +226,8 @@ def decoder_layers(model: Any) -> nn.ModuleList:
     count = model.config.get_text_config().num_hidden_layers
     stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
     if not stacks:
-        raise refuse(
-            f"base: {type(model).__name__} has no stack of decoder layers.", "Use a decoder-only language model."
-        )
+        what = f"base: {type(model).__name__} has no stack of decoder layers."
+        raise refuse(what, "Use a decoder-only language model.")
     return stacks[0]
 
 
@@ -272,7 +271,6 @@ def sum_in_fp32(model: nn.Module) -> None:
 
 
 def _adapted(model: nn.Module) -> list[Any]:
-    """The linear layers an adapter adds to."""
     return [module for module in model.modules() if hasattr(module, "lora_A") and hasattr(module, "base_layer")]
 
 
@@ -280,10 +278,8 @@ def _refuse_unknown_targets(model: nn.Module, targets: Iterable[str]) -> None:
     inside = decoder_layers(model)[-1]
     linears = {name.rsplit(".", 1)[-1] for name, module in inside.named_modules() if isinstance(module, nn.Linear)}
     if missing := [target for target in targets if target not in linears]:
-        raise refuse(
-            f"lora.targets: this base has no {', '.join(missing)}.",
-            f"Its linear layers are {', '.join(sorted(linears))}.",
-        )
+        what = f"lora.targets: this base has no {', '.join(missing)}."
+        raise refuse(what, f"Its linear layers are {', '.join(sorted(linears))}.")
 
 
 def adapter_weights(model: nn.Module) -> dict[str, nn.Parameter]:
