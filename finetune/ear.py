@@ -95,12 +95,12 @@ def _renamed(made: Passage, format_: str) -> Passage:
     return Passage(**{**vars(made), "format": format_})
 
 
-def ear(plan: Plan, limits: Limits | None = None, intended: Sequence[str] = ()) -> Ear:
-    """The ear of a plan. `intended`: spans that may be recited. Errors: UserError for wrong limits."""
+def ear(plan: Plan, limits: Limits | None = None) -> Ear:
+    """The ear of a plan, with the limits that are shipped unless others are given. Errors: UserError for wrong ones."""
     limits = limits or echo.limits()
     names = (*plan.split.train, *plan.split.held_out)
     answers = {name: _answers(plan.conversations[name]) for name in names}
-    formulas = formula.masks(answers, limits.shortest_formula, limits.longest_formula, intended)
+    formulas = formula.masks(answers, limits.shortest_formula, limits.longest_formula, plan.intended)
     return Ear(plan, limits, formulas)
 
 

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from finetune import corpus, lint, prompts
+from finetune import allowed, corpus, lint, prompts
+from finetune.allowed import Span
 from finetune.batches import Epochs, Group, Item, goldfish, micro_batch
 from finetune.conversation import Conversation
 from finetune.corpus import Split
@@ -63,6 +64,7 @@ class Plan:
     length: Length
     micro_batch: int
     looks: Looks
+    intended: tuple[str, ...] = ()  # spans that may be recited
 
     @property
     def travel(self) -> float:
@@ -85,6 +87,7 @@ class Plan:
             for key, item in sorted(group.items()):
                 digest.update(repr((key, item.ids, item.trained)).encode())
         digest.update(repr(self.texts.replay).encode())
+        digest.update("".join(self.intended).encode())
         return digest.hexdigest()
 
     def answer_limit(self) -> int:
@@ -109,7 +112,7 @@ class Plan:
 
 
 def _answer_bytes(one: Conversation) -> int:
-    return sum(len(turn.text.encode()) for turn in one.turns if turn.role == "assistant" and turn.loss)
+    return sum(len(text.encode()) for text in _answers([one]))
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,7 @@ class Material:
     texts: Texts
     problems: tuple[Problem, ...]
     warnings: tuple[Problem, ...]
+    intended: tuple[Span, ...] = ()
 
 
 def make(
@@ -157,8 +161,22 @@ def gather(recipe: Recipe, vocabulary: Vocabulary, source: Source | None) -> Mat
     texts = _texts(recipe, conversations, split, formats, vocabulary, problems)
     problems += _format_problems(recipe, formats, vocabulary)
     refused, warnings = _lint(recipe, conversations, split, formats, vocabulary)
+    intended = _intended(recipe, problems)
+    warnings += allowed.strangers(intended, _answers(conversations.values())) if conversations else ()
     told = dict.fromkeys([*problems, *refused])
-    return Material(recipe, vocabulary, formats, conversations, split, texts, tuple(told), tuple(warnings))
+    return Material(recipe, vocabulary, formats, conversations, split, texts, tuple(told), tuple(warnings), intended)
+
+
+def _intended(recipe: Recipe, problems: list[Problem]) -> tuple[Span, ...]:
+    try:
+        return () if recipe.data.intended is None else allowed.read(recipe.data.intended)
+    except UserError as error:
+        problems += _blamed(error, "data", "intended")
+        return ()
+
+
+def _answers(examples: Iterable[Conversation]) -> Iterator[str]:
+    return (turn.text for one in examples for turn in one.turns if turn.role == "assistant" and turn.loss)
 
 
 def examples(recipe: Recipe) -> tuple[list[Conversation], frozenset[str]]:
@@ -188,7 +206,8 @@ def schedule(material: Material) -> Plan:
     asked = recipe.machine.micro_batch
     micro = micro_batch(recipe.batch_size, texts.longest()) if asked == "auto" else asked
     conversations, formats, vocabulary = material.conversations, material.formats, material.vocabulary
-    plan = Plan(recipe, conversations, split, vocabulary, formats, texts, epochs, length, micro, Looks((), (), ""))
+    none, spans = Looks((), (), ""), tuple(span.text for span in material.intended)
+    plan = Plan(recipe, conversations, split, vocabulary, formats, texts, epochs, length, micro, none, spans)
     return replace(plan, looks=plan_looks(recipe.epochs, recipe.watch.every, recipe.watch.budget, _cost(plan)))
 
 

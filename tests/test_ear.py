@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def test_any_format_can_be_asked_for(night: tuple[Plan, Speaker]) -> None:
 
 def test_what_two_examples_share_and_what_is_intended_is_not_counted(night: tuple[Plan, Speaker]) -> None:
     plain = ear.ear(night[0]).passages("train")[0]
-    told = ear.ear(night[0], intended=["I can play in the " + plain.example]).passages("train")[0]
+    told = ear.ear(replace(night[0], intended=("I can play in the " + plain.example,))).passages("train")[0]
     assert told.counted.sum() < plain.counted.sum()
     twin = next(one for one in ear.ear(night[0]).passages("twin"))
     assert twin.template_share == ear.ear(night[0]).passage("train", twin.example, "chatml").template_share
