@@ -28,7 +28,7 @@ from transformers import AutoTokenizer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from datasets import Dataset
-from finetune.batches import Epochs
+from finetune.batches import Epochs, Item
 from finetune.errors import refuse
 from finetune.estimate import Length, lr_factor
 from finetune.memory import head_tokens
@@ -77,6 +77,18 @@ class Watcher(Protocol):
         """True: save and stop now."""
 
 
+@dataclass(frozen=True, eq=False)
+class Spoken:
+    """What the training forward said of one text, before its step: of the supervised tokens only, in train mode."""
+
+    item: Item
+    log_p: Tensor  # (supervised,) float32, cpu, nats
+    hits: Tensor  # (supervised,) bool, cpu: the argmax is the token
+
+
+Listen = Callable[[int, Progress, Sequence[Spoken]], float]  # told after each step; gives the seconds it took
+
+
 @dataclass(frozen=True)
 class Job:
     """Everything a training needs beside the model."""
@@ -91,10 +103,14 @@ class Job:
     work: Path  # scratch of the library; nothing of value is written there
     new_checkpoint: Callable[[int], AbstractContextManager[Path]]
     checkpointing: bool = False  # recompute activations instead of keeping them
+    listen: Listen | None = None
 
 
 class Collator:
-    """Row numbers of the current epoch to padded tensors (B, T). `epoch` is set before its first batch is fetched."""
+    """Row numbers of the current epoch to padded tensors (B, T). `epoch` is set before its first batch is fetched.
+
+    `rows` (B,) stay in it: which item of the epoch each text is.
+    """
 
     def __init__(self, epochs: Epochs) -> None:
         self.epoch = 0
@@ -111,7 +127,13 @@ class Collator:
             ids[i, :end] = torch.tensor(item.ids)
             seen[i, :end] = 1
             labels[i, :end] = torch.where(torch.tensor(item.trained), ids[i, :end], -100)
-        return {"input_ids": ids, "attention_mask": seen, "labels": labels}
+        numbers = torch.tensor([row["row"] for row in rows])
+        return {"input_ids": ids, "attention_mask": seen, "labels": labels, "rows": numbers}
+
+    def items(self, rows: Tensor) -> list[Item]:
+        """The texts of a batch."""
+        order = self._epochs.order(self.epoch)
+        return [order[row] for row in rows.tolist()]
 
 
 @dataclass
@@ -140,6 +162,7 @@ class NightTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped
     def __init__(self, model: Any, tokenizer: Any, job: Job, watcher: Watcher) -> None:
         self._job, self._watcher = job, watcher
         self.progress = Progress()
+        self._said: list[tuple[list[Item], list[int], Tensor, Tensor]] = []
         self._collator = Collator(job.epochs)
         self._pulse = _Pulse(self._collator, watcher, job.length.per_epoch, job.optimizer.eps)
         before = {name: weight.detach().clone() for name, weight in adapter_weights(model).items()}
@@ -181,12 +204,14 @@ class NightTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
         """Only supervised positions reach the head, on every device; TRL's own does so on Triton devices only."""
-        labels = inputs.pop("labels")[:, 1:]
+        labels, rows = inputs.pop("labels")[:, 1:], inputs.pop("rows")
         plain, wanted = bare(self.model), labels != -100
         with working_precision(labels.device):
             hidden = plain.get_decoder()(**inputs, use_cache=False).last_hidden_state[:, :-1][wanted]
-            total = summed_nll(plain, hidden, labels[wanted])
-        loss: Tensor = total / (wanted.sum() if num_items_in_batch is None else num_items_in_batch)
+            nll, hits = token_nll(plain, hidden, labels[wanted], self._job.listen is not None)
+        if hits is not None:
+            self._said.append((self._collator.items(rows), wanted.sum(1).tolist(), nll.detach(), hits))
+        loss: Tensor = nll.sum() / (wanted.sum() if num_items_in_batch is None else num_items_in_batch)
         return loss if loss.requires_grad else loss.requires_grad_()  # stochastic depth may skip every trained layer
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -202,6 +227,8 @@ class NightTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped
                 f"The loss is {row['loss']}, the gradient {row['grad_norm']} at step {row['step']}.",
                 "Lower optimizer.learning_rate and start with --fresh; the last good checkpoint is kept.",
             )
+        if self._job.listen is not None:
+            row["listening"] = self._listen(self._job.listen)
         self._watcher.step(row)
         wanted = self._watcher.pause(row["step"], self.progress, self._pulse.gradient)
         stop = self._watcher.stop()
@@ -209,6 +236,16 @@ class NightTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped
         self.control.should_training_stop = self.control.should_training_stop or stop
         if not self.control.should_save:
             self._clock = time.monotonic()
+
+    def _listen(self, listen: Listen) -> float:
+        """Pass on what the step's forwards said of its texts; seconds."""
+        said, self._said = self._said, []
+        spoken = [
+            Spoken(item, -one.float(), hit)
+            for items, sizes, nll, hits in said
+            for item, one, hit in zip(items, torch.split(nll.cpu(), sizes), torch.split(hits.cpu(), sizes), strict=True)
+        ]
+        return listen(int(self.state.global_step), self.progress, spoken)
 
     def _count(self, learning_rate: float, seconds: float) -> None:
         self.progress.travel += learning_rate
@@ -248,16 +285,27 @@ class NightTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped
 
 
 def summed_nll(plain: Any, hidden: Tensor, labels: Tensor) -> Tensor:
-    """Sum of -log p of labels (n,) given hidden states (n, hidden); beyond one chunk, logits are recomputed."""
+    """Sum of -log p of labels (n,) given hidden states (n, hidden)."""
+    return token_nll(plain, hidden, labels)[0].sum()
 
-    def chunk(states: Tensor, wanted: Tensor) -> Tensor:
-        return cross_entropy(logits_of(plain, states), wanted, reduction="sum")
+
+def token_nll(plain: Any, hidden: Tensor, labels: Tensor, hear: bool = False) -> tuple[Tensor, Tensor | None]:
+    """-log p (n,) of labels (n,) given hidden states (n, hidden), and with `hear` whether each is the argmax.
+
+    Beyond one chunk, logits are recomputed.
+    """
+
+    def chunk(states: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor | None]:
+        logits = logits_of(plain, states)
+        hits = logits.detach().argmax(-1) == wanted if hear else None
+        return cross_entropy(logits, wanted, reduction="none"), hits
 
     held = head_tokens(plain.config.get_text_config().vocab_size)
     if len(labels) <= held:
         return chunk(hidden, labels)
     pairs = zip(torch.split(hidden, held), torch.split(labels, held), strict=True)
-    return torch.stack([recompute(chunk, *pair, use_reentrant=False) for pair in pairs]).sum()
+    nll, hits = zip(*(recompute(chunk, *pair, use_reentrant=False) for pair in pairs), strict=True)
+    return torch.cat(nll), torch.cat(hits) if hear else None
 
 
 def _arguments(job: Job) -> Any:
