@@ -20,9 +20,10 @@ _END, _CUT, _FIRST = 0, 1, 2  # codes: after the last sign, between two texts, o
 
 
 class Place(NamedTuple):
-    """A sign of an indexed text: the text's number, and the character."""
+    """A sign of an indexed text: the text's number, which of its signs, and the character."""
 
     text: int
+    sign: int
     character: int
 
 
@@ -66,7 +67,11 @@ class Index:
     def place(self, sign: int) -> Place:
         """Of a sign of the index, as `Matches.homes` counts them."""
         text = int(np.searchsorted(self._starts, sign, side="right")) - 1
-        return Place(text, int(self._places[sign]))
+        return Place(text, sign - int(self._starts[text]), int(self._places[sign]))
+
+    def within(self, text: int, sign: int) -> Place:
+        """The place of one of the signs of an indexed text."""
+        return self.place(int(self._starts[text]) + sign)
 
     def find(self, texts: Sequence[str]) -> list[Matches]:
         """Look up texts, in order. No stretch reaches over the end of an indexed text."""
