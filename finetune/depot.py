@@ -21,10 +21,10 @@ from finetune import disk
 _NAME = "kept"
 
 
-def home() -> Path:
-    """Where they lie: below the user's cache folder."""
+def home(kind: str = "prefix") -> Path:
+    """Where things of a kind lie: below the user's cache folder."""
     local = os.environ.get("LOCALAPPDATA") if os.name == "nt" else None
-    return Path(os.environ.get("XDG_CACHE_HOME") or local or Path.home() / ".cache") / "minisymposium" / "prefix"
+    return Path(os.environ.get("XDG_CACHE_HOME") or local or Path.home() / ".cache") / "minisymposium" / kind
 
 
 def name_of(ids: Sequence[int]) -> str:

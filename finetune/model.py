@@ -22,10 +22,10 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import BitsAndBytesConfig
 from transformers.utils import logging as talk
 
-from finetune import disk, slices
+from finetune import disk, packed, slices
 from finetune.errors import Problem, UserError, refuse
 from finetune.memory import KEPT_BYTES
 from finetune.slices import Slice
@@ -147,7 +147,7 @@ def load_base(folder: Path, quantization: str, device: torch.device, part: Slice
         "attn_implementation": "sdpa",
     }
     try:
-        model = _part(folder, part, how) if part else AutoModelForCausalLM.from_pretrained(folder, **how)
+        model = slices.load(folder, part, how) if part else packed.load(folder, quantization == "nf4", how)
     except (OSError, ValueError, SafetensorError) as fault:
         what = f"base: {folder.name} cannot be loaded: {str(fault).splitlines()[0]}"
         raise refuse(what, "It needs a config.json and the safetensors of a causal language model.") from fault
@@ -158,12 +158,6 @@ def load_base(folder: Path, quantization: str, device: torch.device, part: Slice
     if part is None or part.outside:
         _prove_logits(model)
     return model
-
-
-def _part(folder: Path, part: Slice, how: dict[str, Any]) -> Any:
-    about = slices.config(folder, part)
-    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(about)]
-    return kind.from_pretrained(None, config=about, state_dict=slices.weights(folder, part), **how)
 
 
 def _bits(quantization: str, dtype: torch.dtype) -> Any:

@@ -43,13 +43,8 @@ class Source:
         """All that an activation depends on beside its tokens."""
         versions = torch.__version__, transformers.__version__, bitsandbytes.__version__
         machine = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.processor()
-        base = model.fingerprint(self.folder), [_stamp(file) for file in sorted(self.folder.glob("*.safetensors"))]
+        base = model.fingerprint(self.folder), slices.stamp(self.folder)
         return repr((base, self.quantization, self.first, versions, str(self.device), machine))
-
-
-def _stamp(file: Path) -> tuple[int, int]:
-    about = file.stat()  # a snapshot's files are links: the file behind them counts
-    return about.st_size, about.st_mtime_ns
 
 
 class NoRoom(RuntimeError):

@@ -14,7 +14,7 @@ from typing import Any
 
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
 _LAYER = re.compile(r"(^|\.)layers\.(\d+)\.")
 _INDEX = "model.safetensors.index.json"
@@ -34,6 +34,12 @@ def layer_count(folder: Path) -> int:
     return int(AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config().num_hidden_layers)
 
 
+def stamp(folder: Path) -> list[tuple[int, int]]:
+    """Bytes and time of change of every file of weights: whether they are still the same, without reading them."""
+    abouts = [file.stat() for file in sorted(folder.glob("*.safetensors"))]  # a snapshot's links: what they lead to
+    return [(about.st_size, about.st_mtime_ns) for about in abouts]
+
+
 def config(folder: Path, part: Slice) -> Any:
     """The base's own configuration, of these layers alone; without what is outside, of a vocabulary of one."""
     found = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -49,6 +55,13 @@ def config(folder: Path, part: Slice) -> Any:
 def weights(folder: Path, part: Slice) -> dict[str, Tensor]:
     """Weights of a slice by the names they have in a model of these layers alone. OSError where a file misses."""
     return {name: tensor for file in _files(folder) for name, tensor in _read(file, part)}
+
+
+def load(folder: Path, part: Slice, how: dict[str, Any]) -> Any:
+    """A causal LM of these layers alone; `how`: what from_pretrained takes."""
+    about = config(folder, part)
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(about)]
+    return kind.from_pretrained(None, config=about, state_dict=weights(folder, part), **how)
 
 
 def _files(folder: Path) -> list[Path]:

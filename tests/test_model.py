@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from finetune import model
+from finetune import model, packed
 from finetune.errors import UserError
 from finetune.model import LoraShape
 
@@ -242,3 +243,29 @@ def test_the_random_state_survives_what_happens_inside() -> None:
     with model.frozen_random_state():
         torch.rand(100)
     assert torch.equal(torch.rand(3), wanted)
+
+
+def test_a_large_base_is_quantised_once_with_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(packed, "_WORTH", 1)
+    folder = tiny.base(tmp_path / "base")
+    first, second = (model.load_base(folder, "nf4", tiny.CPU) for _ in range(2))
+    (kept,) = (tmp_path / "cache").glob("*/quantised/*")
+    ids = torch.tensor([[1, 2, 3, 200]])
+    assert torch.equal(first(input_ids=ids).logits, second(input_ids=ids).logits)
+    assert second.config._name_or_path == str(kept)
+    (kept / "model.safetensors").write_bytes(b"damaged")
+    third = model.load_base(folder, "nf4", tiny.CPU)
+    assert torch.equal(first(input_ids=ids).logits, third(input_ids=ids).logits)
+    weights = next(folder.glob("*.safetensors"))
+    os.utime(weights, (1, 1))  # touched: who knows what is in it
+    model.load_base(folder, "nf4", tiny.CPU)
+    (other,) = (tmp_path / "cache").glob("*/quantised/*")
+    assert other != kept
+
+
+def test_a_full_disk_keeps_no_quantised_base_and_harms_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(packed, "_WORTH", 1)
+    (tmp_path / "cache").write_text("a file, so that nothing can be written below it")
+    assert model.load_base(tiny.base(tmp_path / "base"), "nf4", tiny.CPU) is not None
