@@ -123,9 +123,9 @@ def tokens(facts: Sequence[Fact], vocabulary: Vocabulary) -> int:
     return sum(len(asked(one.question, choice, vocabulary).ids) for one in facts for choice in one.choices)
 
 
-def map_at_3(held: Sequence[Held]) -> float | None:
+def map_at_3(ranks: Sequence[int]) -> float | None:
     """Mean of 1 / rank of the right choice, 0 beyond the third; None of nothing."""
-    return sum(1 / one.rank if one.rank <= 3 else 0.0 for one in held) / len(held) if held else None
+    return sum(1 / rank if rank <= 3 else 0.0 for rank in ranks) / len(ranks) if ranks else None
 
 
 def told(fact: Fact, held: Held) -> Iterator[str]:

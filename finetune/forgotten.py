@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from statistics import fmean, median
 from typing import Any
 
-from finetune import chance, phrases
+from finetune import chance, facts, phrases
 from finetune.chance import Interval
 from finetune.overlap import words
 from finetune.phrases import Manner
@@ -123,9 +123,9 @@ def _kept(rows: Sequence[Row]) -> Kept | None:
         return None
     sure = [row for row in rows if row["sure"]]
 
-    def of(rank: str, share: str) -> tuple[int, float, float | None]:
+    def of(rank: str, share: str) -> tuple[int, float | None, float | None]:
         wrong = [float(row[share]) for row in rows if row[rank] > 1]
-        map_3 = fmean(1 / row[rank] if row[rank] <= 3 else 0.0 for row in rows)
+        map_3 = facts.map_at_3([row[rank] for row in rows])
         return sum(row[rank] == 1 for row in rows), map_3, fmean(wrong) if wrong else None
 
     (right, map_3, wrong), (base_right, base_map_3, base_wrong) = of("rank", "share"), of("base_rank", "base_share")
