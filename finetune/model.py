@@ -153,7 +153,7 @@ def load_base(folder: Path, quantization: str, device: torch.device, part: Slice
         raise refuse(what, "It needs a config.json and the safetensors of a causal language model.") from fault
     model.requires_grad_(False)
     model.eval()
-    _keep_nf4_layout(model)
+    packed.keep_layout(model)
     _residual_in_fp32(model)
     if part is None or part.outside:
         _prove_logits(model)
@@ -170,13 +170,6 @@ def _bits(quantization: str, dtype: torch.dtype) -> Any:
             bnb_4bit_quant_storage=torch.uint8,
         )
     return BitsAndBytesConfig(load_in_8bit=True) if quantization == "int8" else None
-
-
-def _keep_nf4_layout(model: nn.Module) -> None:
-    """bitsandbytes repacks NF4 in place at the first eval forward on AVX512-BF16: logits shift, backward breaks."""
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]  # a plain flag of Linear4bit
 
 
 def _residual_in_fp32(model: Any) -> None:

@@ -26,14 +26,22 @@ def load(folder: Path, four_bits: bool, how: dict[str, Any]) -> Any:
     """A whole causal LM; `how`: what from_pretrained takes. A large one in four bits is kept for the next time."""
     kept = _place(folder, how) if four_bits else None
     if kept is not None and kept.is_dir():
+        stored = {name: value for name, value in how.items() if name != "quantization_config"}  # it has its own
         try:
-            return AutoModelForCausalLM.from_pretrained(kept, **{**how, "quantization_config": None})
+            return AutoModelForCausalLM.from_pretrained(kept, **stored)
         except (OSError, ValueError, RuntimeError, SafetensorError):  # damaged: made again
             shutil.rmtree(kept, ignore_errors=True)
     model = AutoModelForCausalLM.from_pretrained(folder, **how)
     if kept is not None:
         _keep(model, kept)
     return model
+
+
+def keep_layout(model: torch.nn.Module) -> None:
+    """bitsandbytes repacks NF4 in place at the first eval forward on AVX512-BF16: logits shift, backward breaks."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]  # a plain flag of Linear4bit
 
 
 def _place(folder: Path, how: dict[str, Any]) -> Path | None:
@@ -51,6 +59,7 @@ def _keep(model: Any, where: Path) -> None:
     aside = where.with_name(f".{where.name}.tmp-{os.getpid()}")
     try:
         aside.mkdir(parents=True, exist_ok=True)
+        keep_layout(model)
         model.save_pretrained(aside)
         disk.sync_tree(aside)
         for other in where.parent.iterdir():
