@@ -106,7 +106,8 @@ class Probe:
         scores = [math.log10(peak + self.suite.floor) for peak in peaks]
         why = f"foreign scripts have {peaks[0]:.2g} of the probability at the highest place, the base's {peaks[1]:.2g}"
         mean = {"mass": float(one.mass.double().mean()), "base_mass": float(one.base_mass.double().mean())}
-        yield self._row(place, "script", text.id, scores, why, text.source) | mean
+        axis: Axis = "script_neutral" if text.neutral else "script"
+        yield self._row(place, axis, text.id, scores, why, text.source) | mean
 
     def _marked(self, more: frozenset[str]) -> Bools:
         """(vocabulary,) tokens of scripts that neither the data nor this text has."""

@@ -20,7 +20,8 @@ Row = Mapping[str, Any]
 _NAMES = {
     "general": ("neutral text, bits per byte", 4),
     "kl": ("the base's surprise at the adapter, nats", 4),
-    "script": ("foreign scripts, highest place, log10", 2),
+    "script": ("foreign scripts in answers, log10", 2),
+    "script_neutral": ("foreign scripts in neutral text, log10", 2),
     "stock": ("stock openings, log-odds", 2),
     "facts": ("known facts, nats short of certain", 4),
 }

@@ -73,14 +73,15 @@ class Scored:
 class Contrast:
     """One text's T supervised tokens, adapter beside base; float32, cpu. Nats but for `mass`, a share of probability.
 
-    `base_entropy` is the base's uncertainty at each token, `kl` how far the adapter has left it: KL(base || adapter).
+    `kl`: how far the adapter has left the base, KL(base || adapter), whose own uncertainty is `base_entropy`. `mass`:
+    of the marked tokens, above their median: what is spread evenly over tokens a base never met means none of them.
     """
 
     log_p: Tensor
     base_log_p: Tensor
     kl: Tensor
     base_entropy: Tensor
-    mass: Tensor  # on the marked tokens
+    mass: Tensor
     base_mass: Tensor
 
 
@@ -183,7 +184,7 @@ class Speaker:
             mark[: len(marked)] = torch.from_numpy(marked)
             mark = mark.to(own.device)
             said = [one.gather(-1, wanted)[:, 0] for one in (own, base)]
-            masses = [own[:, mark].exp().sum(-1), chance[:, mark].sum(-1)]
+            masses = [_mass(own[:, mark].exp()), _mass(chance[:, mark])]
             parts.append([*said, kl, -(chance * base).sum(-1), *masses])
         return Contrast(*(_joined([part[k] for part in parts], torch.float32) for k in range(6)))
 
@@ -345,6 +346,13 @@ def _score_row(plain: Any, hidden: Tensor, targets: Tensor, asked: _Asked) -> Sc
     drawn = torch.stack([_joined(found, torch.float32) for found in log_q]) if log_q else None
     led = _joined(margins, torch.float32) if asked.margins else None
     return Scored(_joined(log_p, torch.float32), _joined(hits, torch.bool), sums, led, drawn)
+
+
+def _mass(chances: Tensor) -> Tensor:
+    """(n, marked) to (n,)."""
+    if chances.shape[-1] == 0:
+        return chances.sum(-1)
+    return (chances - chances.median(-1, keepdim=True).values).clamp(min=0).sum(-1)
 
 
 def _log_p(logits: Tensor, wanted: Tensor) -> Tensor:

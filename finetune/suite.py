@@ -19,8 +19,8 @@ from finetune import facts, starters, world, yamlfile
 from finetune.errors import UserError, refuse
 from finetune.facts import Fact
 
-Axis = Literal["general", "kl", "script", "stock", "facts"]
-AXES: tuple[Axis, ...] = ("general", "kl", "script", "stock", "facts")
+Axis = Literal["general", "kl", "script", "script_neutral", "stock", "facts"]
+AXES: tuple[Axis, ...] = ("general", "kl", "script", "script_neutral", "stock", "facts")
 Share = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Cut = Annotated[float, Field(gt=0)]
