@@ -115,7 +115,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Test:
+class Inquiry:
     """What any adapter of a run is asked, and searched for: made once. `training`: the trained prompts."""
 
     questions: tuple[Question, ...]
@@ -126,7 +126,7 @@ class Test:
     rules: Rules
 
 
-def prepare(plan: Plan, suite: Probes | None = None, rules: Rules | None = None) -> Test:
+def prepare(plan: Plan, suite: Probes | None = None, rules: Rules | None = None) -> Inquiry:
     """Prompts of a run in its first format, and its trained texts indexed. UserError for wrong rules or probes."""
     rules, suite = rules or read(), suite or probes()
     limits = Limits(rules.tokens, rules.characters, rules.near)
@@ -135,7 +135,7 @@ def prepare(plan: Plan, suite: Probes | None = None, rules: Rules | None = None)
     answers = {one.id: [turn.text for turn in one.turns if turn.role == "assistant"] for one in examples}
     style = sources.style(answers, formulas.shortest_formula, formulas.longest_formula, plan.intended)
     trained = [plan.conversations[name] for name in plan.split.train]
-    return Test(
+    return Inquiry(
         questions=tuple(_questions(plan, suite, rules)),
         training=tuple(_of_example(plan, one, "train", rules, whole=True) for one in trained),
         sources=Sources(trained, style, plan.vocabulary.tokenizer, limits, rules.quotes),
@@ -281,25 +281,25 @@ def _near(span: Span | None) -> str:
     return f" Almost verbatim, {span.edits} edits: {_size(span)}." if span else ""
 
 
-def ask(speaker: Completes, test: Test, seed: int = 0) -> list[Finding]:
+def ask(speaker: Completes, inquiry: Inquiry, seed: int = 0) -> list[Finding]:
     """Greedy answers and samples to every question, searched. `seed`: of the first sample."""
-    seeds = [None, *range(seed, seed + test.rules.samples)]
-    drawn = [_told(speaker, test, test.questions, one) for one in seeds]
-    return [Finding(one, told) for one, told in zip(test.questions, zip(*drawn, strict=True), strict=True)]
+    seeds = [None, *range(seed, seed + inquiry.rules.samples)]
+    told = zip(*(_told(speaker, inquiry, inquiry.questions, one) for one in seeds), strict=True)
+    return [Finding(*both) for both in zip(inquiry.questions, told, strict=True)]
 
 
-def cross_talk(speaker: Completes, test: Test) -> list[CrossTalk]:
+def cross_talk(speaker: Completes, inquiry: Inquiry) -> list[CrossTalk]:
     """Greedy answers to the trained prompts, searched for what is not their own example's."""
-    told = _told(speaker, test, test.training, None)
-    return [CrossTalk(*both) for both in zip(test.training, told, strict=True)]
+    told = _told(speaker, inquiry, inquiry.training, None)
+    return [CrossTalk(*both) for both in zip(inquiry.training, told, strict=True)]
 
 
-def _told(speaker: Completes, test: Test, asked: Sequence[Question], seed: int | None) -> list[Told]:
-    ids, sampler = [one.ids for one in asked], None if seed is None else test.rules.sampler
-    answers = speaker.complete(ids, test.stops, test.limit, sampler=sampler, seed=seed or 0)
+def _told(speaker: Completes, inquiry: Inquiry, asked: Sequence[Question], seed: int | None) -> list[Told]:
+    ids, sampler = [one.ids for one in asked], None if seed is None else inquiry.rules.sampler
+    answers = speaker.complete(ids, inquiry.stops, inquiry.limit, sampler=sampler, seed=seed or 0)
     texts = [answer.text.strip() for answer in answers]
-    found = test.sources.search(texts, [one.known for one in asked])
-    limits = test.sources.limits
+    found = inquiry.sources.search(texts, [one.known for one in asked])
+    limits = inquiry.sources.limits
     return [
         Told(text, seed, one, limits.severity(one.span.tokens, one.span.characters) if one.span else 0.0)
         for text, one in zip(texts, found, strict=True)

@@ -92,8 +92,8 @@ def style(
 def _windows(words: Sequence[str], size: int, mask: Bools) -> Iterator[tuple[str, ...]]:
     """Every `size` masked words in a row."""
     before = np.concatenate(([0], np.cumsum(mask)))
-    whole = before[size:] - before[: len(before) - size] == size
-    for at in np.flatnonzero(whole).tolist():
+    starts = np.arange(max(0, len(words) - size + 1))
+    for at in starts[before[starts + size] - before[starts] == size].tolist():
         yield tuple(words[at : at + size])
 
 

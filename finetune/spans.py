@@ -14,8 +14,7 @@ import numpy as np
 
 from finetune.runlength import Bools, Ints
 
-_SPACES = np.array([point for point in range(0x3001) if chr(point).isspace()])  # none lies higher
-_POINTS = 0x110000
+_SPACE = np.array([chr(point).isspace() for point in range(0x3001)] + [False])  # none lies higher
 _END, _CUT, _FIRST = 0, 1, 2  # codes: after the last sign, between two texts, of the first sign of the alphabet
 
 
@@ -53,7 +52,7 @@ class Index:
 
     def __init__(self, texts: Sequence[str]) -> None:
         points, self._places, self._starts = _joined(texts)
-        seen = np.zeros(_POINTS, dtype=bool)
+        seen = np.zeros(int(points.max(initial=0)) + 2, dtype=bool)  # the last stands for all that lies higher
         seen[points] = True
         self._unknown = _FIRST + int(seen.sum())
         self._codes = np.where(seen, np.cumsum(seen) + _FIRST - 1, self._unknown)
@@ -76,7 +75,7 @@ class Index:
     def find(self, texts: Sequence[str]) -> list[Matches]:
         """Look up texts, in order. No stretch reaches over the end of an indexed text."""
         points, places, starts = _joined(texts)
-        codes = self._codes[points]
+        codes = self._codes[np.minimum(points, len(self._codes) - 1)]
         codes[starts[1:] - 1] = self._unknown
         lengths, homes = self._look_up(self._packed(codes, self._unknown))
         ends = np.append(starts[1:] - 1, len(codes))
@@ -148,9 +147,7 @@ def _joined(texts: Sequence[str]) -> tuple[Ints, Ints, Ints]:
     lengths = np.array([len(text) for text in texts], dtype=np.int64)
     begins = np.concatenate(([0], np.cumsum(lengths + 1)[:-1])) if len(texts) else lengths
     raw = np.frombuffer("\0".join(texts).encode("utf-32-le", "surrogatepass"), dtype="<u4")
-    space = np.zeros(_POINTS, dtype=bool)
-    space[_SPACES] = True
-    kept = np.flatnonzero(~space[raw])
+    kept = np.flatnonzero(~_SPACE[np.minimum(raw, len(_SPACE) - 1)])
     starts = np.searchsorted(kept, begins)
     places = kept - np.repeat(begins, np.diff(np.append(starts, len(kept))))
     return raw[kept], places.astype(np.int32), starts
