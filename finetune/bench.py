@@ -219,7 +219,8 @@ def later_turns(bench: Bench, step: int) -> Trend:
 def _leak(bench: Bench, place: Place) -> Rows:
     """Unrelated prompts, then trained ones. A leak seen once is looked for with more draws each time it is asked."""
     test, speaker = bench.leak_test, bench.worn.speaker
-    seen = [row for row in runs.read_lines(bench.subject.run.findings) if is_closing(row, place.step, {"leak"})]
+    known = [row for row in runs.read_lines(bench.subject.run.findings) if row.get("leak")]
+    seen = [row for row in known if is_closing(row, place.step, {"leak"})]
     if {row["leak"] for row in seen} in ({"single"}, {"single", "none"}):
         drawn = max(row["answers"] for row in seen) - 1 + test.rules.samples
         test = replace(test, rules=test.rules.model_copy(update={"samples": drawn}))

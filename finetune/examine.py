@@ -9,11 +9,17 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import Any
 
-from finetune import bench, rules, runs, siblings, subject, trend, verdict
+from finetune import bench, ear, heard, rules, runs, shades, siblings, subject, trend, verdict
 from finetune.bench import Bench, Row, Rows, Say
+from finetune.byheart import judge
+from finetune.errors import refuse
+from finetune.heard import Reading
+from finetune.passage import Passage, Split
 from finetune.runs import RunFolder
+from finetune.shades import View
 from finetune.subject import Subject
 from finetune.trend import Trend
 from finetune.verdict import Judgement, Verdict
@@ -161,3 +167,34 @@ def _finding(one: Trend, table: Bench, step: int) -> Row:
     where = {"look": place.kind, "step": step, "epoch": place.epoch, "travel": place.travel}
     head = {"probe": "curve", "suite": "curve", "version": 1, **where, "id": one.name, "prompt": None, "answer": None}
     return {**head, "score": None, "why": one.words, "source": "metrics.jsonl, examples.jsonl", "about": one.as_dict()}
+
+
+# one example
+
+
+def example(found: Subject, name: str, say: Say) -> View:
+    """One example by the chosen adapter and by the base: from what the run keeps, else read now. Errors: UserError."""
+    listens, step = ear.ear(found.plan), found.step
+    sides: Mapping[Split, Sequence[str]] = {"train": found.plan.split.train, "held_out": found.plan.split.held_out}
+    split: Split | None = next((side for side, names in sides.items() if name in names), None)
+    if split is None:
+        near = get_close_matches(name, found.plan.conversations, 1, 0.5)
+        remedy = f"Did you mean {near[0]}?" if near else f"There is {', '.join([*found.plan.conversations][:8])}, ..."
+        raise refuse(f"{name} is not an example of {found.run.path}.", remedy)
+    passage = listens.passage(split, name, found.plan.first_format)
+    own, base = (_kept(found, at, passage) for at in (step, 0))
+    if own is None or base is None:
+        say(f"Loading {found.opened.base.name} ({found.opened.recipe.quantization}).")
+        worn = found.wear()
+        own, base = (heard.read(worn.speaker, [passage], off)[passage.key] for off in (False, True))
+    longest = [judge(passage, one, None, listens.limits).run_max for one in (own, base)]
+    return shades.view(listens, passage, (own, base), found.place(step).epoch, (longest[0], longest[1]))
+
+
+def _kept(found: Subject, step: int, passage: Passage) -> Reading | None:
+    """What a full look or an earlier closing one wrote down."""
+    path = found.run.tokens_at(step)
+    if found.elsewhere or not path.is_file():
+        return None
+    reading = heard.load(path).get(passage.key)
+    return reading if reading is not None and len(reading.hits) == sum(passage.read) else None

@@ -9,12 +9,17 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from finetune import terminal
+from finetune import disk, tables, terminal
+from finetune.errors import refuse
 
+if TYPE_CHECKING:
+    from finetune.shades import View
+
+PROBES = ("echo", "leak", "drift")  # of `sft eval`
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")]
 
 
@@ -48,6 +53,124 @@ def chat(
         typer.echo(json.dumps(talk.as_dict(sitting), indent=2))
 
 
+def eval(
+    target: Annotated[str, typer.Argument(metavar="RUN", help="A run; with --recipe an adapter's folder or Hub id.")],
+    recipe: Annotated[
+        Path | None, typer.Option("--recipe", metavar="R", help="Base, data and formats of an adapter made elsewhere.")
+    ] = None,
+    only: Annotated[
+        str, typer.Option("--only", metavar="|".join(PROBES), help="One probe, told whole; all of them otherwise.")
+    ] = "",
+    example: Annotated[
+        str, typer.Option("--example", metavar="ID", help="One example's tokens, shaded by how surely it is recited.")
+    ] = "",
+    gate: Annotated[bool, typer.Option("--gate", help="Exit 3 if the verdict is overfit; others pass.")] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Results of an adapter made elsewhere.")
+    ] = None,
+    as_json: terminal.AsJson = False,
+) -> None:
+    """Learned or memorised: every probe on a run's adapter, and the verdict.
+
+    Trained texts, unrelated prompts and neutral text are asked of adapter and base; rows and verdict go into the run's
+    folder. Leaks are looked for in up to three adapters, and the best tested one becomes the run's.
+    """
+    if only and only not in PROBES:
+        raise refuse(f"--only {only}: there is no such probe.", f"There is {', '.join(PROBES)}.")
+    if example and (only or gate):
+        raise refuse("--example shows one example and judges nothing.", "Leave out --only and --gate.")
+    terminal.quiet_libraries()
+    from finetune import examine, results, subject
+
+    found = subject.of(target, recipe, out)
+    for remark in found.remarks:
+        _say(remark)
+    if example:
+        _show(examine.example(found, example, _say), as_json)
+        return
+    probes = (only,) if only else PROBES
+    exam = examine.examine(found, probes, _say)
+    if as_json:
+        typer.echo(disk.to_json(results.document(exam, probes), indent=2))
+    else:
+        for title, lines in results.sections(exam, probes, terminal.width()):
+            terminal.heading(title)
+            terminal.lines(lines)
+            typer.echo()
+    raise typer.Exit(3 if gate and exam.verdict.verdict == "overfit" else 0)
+
+
+def _say(text: str) -> None:
+    typer.echo(tables.harmless(text), err=True)
+
+
+def _show(view: View, as_json: bool) -> None:
+    from rich.console import Console
+
+    from finetune import shades
+
+    if as_json:
+        typer.echo(disk.to_json(view.as_dict(), indent=2))
+    else:
+        shades.show(view, Console(highlight=False))
+
+
+def push(
+    run: Run,
+    to: Annotated[
+        str | None, typer.Option("--to", metavar="USER/NAME", help="The repository; hub.repo of the recipe otherwise.")
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="Everybody may see it. Private otherwise.")] = False,
+    with_texts: Annotated[bool, typer.Option("--with-texts", help="Send dataset, samples and report too.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a push that did not arrive.")] = False,
+    anyway: Annotated[bool, typer.Option("--anyway", help="Although the verdict is overfit; the card says so.")] = False,
+    dry: Annotated[bool, typer.Option("--dry-run", help="Check everything and show the card; send nothing.")] = False,
+    as_json: terminal.AsJson = False,
+) -> None:
+    """Send the adapter and a card that says what it is worth to the Hub.
+
+    Private unless asked; no training text, secret or path of this machine goes with it. What did not arrive is sent
+    by --resume, as often as need be.
+    """
+    terminal.quiet_libraries()
+    from finetune import hub, parcel
+    from finetune.runs import RunFolder
+
+    folder = RunFolder(run)
+    wish = hub.resumed(folder) if resume else parcel.wish(folder, to, public, with_texts, anyway)
+    made = parcel.make(folder, wish)
+    for remark in made.remarks:
+        typer.echo(tables.harmless(remark), err=True)
+    if dry:
+        _show_parcel(made, as_json)
+        return
+    with folder.lock():
+        try:
+            sent = hub.push(made, lambda line: typer.echo(line, err=True))
+        except KeyboardInterrupt:
+            typer.echo(f"Stopped; go on with: sft push {shlex.quote(str(run))} --resume", err=True)
+            raise
+    if as_json:
+        typer.echo(json.dumps({"repo": wish.repo, **asdict(sent)}, indent=2))
+    else:
+        news = f"{sent.files} files" if sent.changed else "nothing new"
+        typer.echo(f"{sent.url}  {'private' if sent.private else 'public'}, {news}, commit {sent.commit[:12]}")
+
+
+def _show_parcel(made: Parcel, as_json: bool) -> None:
+    items = [made.readme({}), *made.items]
+    if as_json:
+        rows = {item.name: item.size for item in items}
+        typer.echo(json.dumps({"repo": made.wish.repo, "public": made.wish.public, "files": rows}, indent=2))
+        return
+    terminal.heading(f"{made.wish.repo}, {'public' if made.wish.public else 'private'}: nothing was sent")
+    terminal.lines(tables.columns([(item.name, f"{item.size} bytes") for item in items]))
+    typer.echo()
+    typer.echo(tables.harmless(items[0].bytes().decode()))
+
+
 VERBS: tuple[tuple[Callable[..., Any], str], ...] = (  # (verb, example)
+    (eval, "sft eval runs/quickstart --only echo"),
     (chat, "sft chat runs/quickstart --format alpaca"),
+    (push, "sft push runs/quickstart --to me/quickstart-lora"),
 )

@@ -120,7 +120,7 @@ def _elbow(course: Course) -> Trend:
     looks = _looks(course, "held_out", "nll")
     names = sorted(set.intersection(*(set(one) for one in looks.values()))) if looks else []
     if len(looks) < 3 or len(names) < _FEWEST:
-        why = f"{len(looks)} looks at {len(names)} held-out examples were taken, and it takes 3 at {_FEWEST}."
+        why = f"it takes 3 looks at {_FEWEST} held-out examples, and there are {len(looks)} at {len(names)}."
         return Trend("elbow", f"Elbow: {_LOST}, {why}", {"at": None})
     epochs = {int(row["step"]): float(row["epoch"]) for row in course.examples if row["split"] == "held_out"}
     found = curve.elbow([epochs[step] for step in looks], [[looks[step][name] for step in looks] for name in names])
@@ -147,7 +147,7 @@ def _confidence(course: Course) -> Trend:
     plain, best = (_looks(course, "held_out", key) for key in ("nll", "nll_tstar"))
     steps = [step for step in plain if step in best and step > 0]
     if len(steps) < 4:
-        why = f"{len(steps)} looks were taken at the loss of held-out examples, and it takes 4."
+        why = f"it takes 4 looks at the loss of held-out examples, and there are {len(steps)}."
         return Trend("over-confidence", f"Over-confidence: {_LOST}, {why}", {})
     means = [fmean(plain[step].values()) for step in steps]
     low = min(range(1, len(means) - 1), key=lambda i: median(means[i - 1 : i + 2]))
@@ -204,7 +204,7 @@ def later_turns(gains: Iterable[Sequence[float]]) -> Trend:
     later, gap = chance.mean([b for _, b in both]), chance.mean([b - a for a, b in both])
     about = {"gain": _bounds(later), "against_first": _bounds(gap), "examples": len(both)}
     if later is None or gap is None:
-        why = f"{len(both)} held-out examples have several answers, and it takes {_FEWEST}."
+        why = f"it takes {_FEWEST} held-out examples with several answers, and there are {len(both)}."
         return Trend("later turns", f"Later turns: {_LOST}, {why}", about)
     said = f"Later answers of {len(both)} held-out talks gained {later.value:+.3f} nats per token"
     bounds = f"{gap.value:+.3f} against the first ones (between {gap.low:+.3f} and {gap.high:+.3f})"

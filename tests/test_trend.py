@@ -92,7 +92,7 @@ def test_the_elbow_is_told_on_three_axes() -> None:
     assert words("elbow", course(stairs(), looks)) == (
         "Held-out loss turns flat at epoch 4 (between 4 and 4; travel 4.0e-05, train loss 3.370)."
     )
-    assert "2 looks at 10 held-out examples" in words("elbow", course(stairs(), looks[:20]))
+    assert "there are 2 at 10" in words("elbow", course(stairs(), looks[:20]))
 
 
 def test_over_confidence_compares_the_last_look_with_the_best_one() -> None:
@@ -130,7 +130,7 @@ def test_primacy_takes_two_orders() -> None:
 
 
 def test_later_turns_are_told_apart() -> None:
-    assert "0 held-out examples have several answers" in trend.later_turns([[0.3], [0.2]]).words
+    assert "there are 0" in trend.later_turns([[0.3], [0.2]]).words
     falling = [[0.5, 0.2 + 0.01 * n, 0.2] for n in range(6)]
     assert "holds less well once a talk goes on" in trend.later_turns(falling).words
     assert "gains more" in trend.later_turns([[0.1, 0.4 + 0.01 * n] for n in range(6)]).words
