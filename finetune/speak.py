@@ -7,11 +7,12 @@ change any training state (weights, random state, train mode are left as found).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft.helpers import rescale_adapter_scale
 from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import (
@@ -287,6 +288,11 @@ class Speaker:
             at, stop = min(cuts, key=lambda cut: cut[0])
             return Answer(text[:at], True, len(ids), stop)
         return Answer(text, ended, len(ids), "" if ended else None)
+
+    def dialled(self, scale: float) -> AbstractContextManager[None]:
+        """Inside, the adapter has `scale` times its effect; afterwards exactly its own."""
+        inside: AbstractContextManager[None] = rescale_adapter_scale(self._model, scale)
+        return inside
 
     def _has_fp32(self) -> bool:
         """4-bit matrices unpack to any dtype; bf16 and int8 ones do not."""
