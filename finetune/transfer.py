@@ -17,7 +17,8 @@ from typing import Any, Protocol
 from finetune import chance
 from finetune.chance import Interval
 
-_BIT = math.log(2)  # nats
+BIT = math.log(2)  # nats
+_SAME_WORDS = 0.02  # share of the bytes by which formats may cut answers differently
 _WHOLE = ("trained", "held_out", "near")  # groups of named formats
 
 
@@ -48,7 +49,8 @@ class Measured(Protocol):
 
 @dataclass(frozen=True)
 class Standing:
-    """One format. `tuned`, `base`: bits per byte over `n` examples; `gain`: base - tuned, `tau`: as a share of trained.
+    """One format. `tuned`, `base`: bits per byte over `n` examples of `bytes` in all; `gain`: base - tuned, `tau`: as a
+    share of trained.
 
     `p_worse`: how often luck would make it so much worse than the base, all formats together; `surest`: the most that
     can be said of the gain with all of them in mind, at least and at most. `end`: mean chance of what ends the last
@@ -59,6 +61,7 @@ class Standing:
     group: str
     family: str
     n: int
+    bytes: int
     tuned: float
     base: float
     gain: Interval | None
@@ -167,7 +170,7 @@ def _both(tuned: Mapping[str, Cell], base: Mapping[str, Cell]) -> dict[str, tupl
 def _gains(pairs: _Pairs) -> dict[str, float]:
     """Bits for each byte of a mean answer, so that the plain mean over examples is the gain over all bytes."""
     size = fmean(cell.size for cell, _ in pairs.values())
-    return {name: (plain.nats - cell.nats) / _BIT / size for name, (cell, plain) in pairs.items()}
+    return {name: (plain.nats - cell.nats) / BIT / size for name, (cell, plain) in pairs.items()}
 
 
 def _mean_of(some: Sequence[_Gains]) -> dict[str, float]:
@@ -201,6 +204,7 @@ def _standing(one: Measured, pairs: _Pairs, gains: _Gains, rest: tuple[_Gains, f
         group=one.group,
         family=one.family,
         n=len(pairs),
+        bytes=sum(cell.size for cell in cells),
         tuned=_bpb(cells),
         base=_bpb(plain),
         gain=chance.mean([*gains.values()]),
@@ -214,7 +218,7 @@ def _standing(one: Measured, pairs: _Pairs, gains: _Gains, rest: tuple[_Gains, f
 
 
 def _bpb(cells: Sequence[Cell]) -> float:
-    return sum(cell.nats for cell in cells) / _BIT / sum(cell.size for cell in cells)
+    return sum(cell.nats for cell in cells) / BIT / sum(cell.size for cell in cells)
 
 
 def _accuracy(cells: Sequence[Cell]) -> float:
@@ -245,9 +249,11 @@ def _headline(group: str, reaches: list[Reach]) -> Headline:
 
 
 def _spreads(standings: Sequence[Standing]) -> dict[str, Spread]:
-    """Of formats that met every example: others were asked of other answers."""
+    """Of formats that met every example with the same words: others were asked of other answers, or indent them."""
     most = max((one.n for one in standings), default=0)
-    whole = [one for one in standings if one.n == most]
+    sizes = [one.bytes for one in standings if one.n == most]
+    usual = median(sizes) if sizes else 0
+    whole = [one for one in standings if one.n == most and abs(one.bytes - usual) <= _SAME_WORDS * usual]
     sides = {"named": _WHOLE, "sampled": ("sampled",)}
     some = {name: [one for one in whole if one.group in groups] for name, groups in sides.items()}
     return {name: _spread(found) for name, found in some.items() if len(found) > 1}

@@ -156,6 +156,13 @@ def test_spread_is_the_range_over_formats_tuned_beside_base() -> None:
     assert one.spreads["sampled"].tuned_80 is None  # of two formats
 
 
+def test_a_format_that_indents_answers_is_no_part_of_the_spread() -> None:
+    tuned, base = sheets(GAIN)
+    for side in (tuned, base):
+        side["xml"] = {k: replace(c, nats=9 * BITS, size=12) for k, c in side["xml"].items()}
+    assert transfer.transfer(tuned, base, GAUGES).spreads["named"].formats == 5
+
+
 def test_formats_that_met_few_examples_are_compared_on_those_alone() -> None:
     """As at looks, where the many rotate."""
     tuned, base = sheets(GAIN)
