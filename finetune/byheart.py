@@ -21,7 +21,7 @@ from finetune.runlength import Bools, Floats, Windows
 
 VERSION = 1
 Kind = Literal["words", "long", "whole"]
-_KINDS: tuple[Kind, ...] = ("words", "long", "whole")  # by strength
+KINDS: tuple[Kind, ...] = ("words", "long", "whole")  # by strength
 
 
 @dataclass(frozen=True)
@@ -170,6 +170,12 @@ def judge(
     )
 
 
+def suspect(passage: Passage, reading: Reading, limits: Limits) -> bool:
+    """Whether any window is hit throughout, so that the base must be asked; else nothing is echoed whatever it says."""
+    hits, lens = reading.hits[passage.counted], _lens(passage, reading, None, limits)
+    return any(bool(runlength.all_of(hits, some).any()) for some in lens.windows.values())
+
+
 def log10_pz(passage: Passage, reading: Reading, size: int) -> float | None:
     """The likeliest window of `size` counted tokens: log10 of the chance that one draw gives it. None if all are less.
 
@@ -185,7 +191,7 @@ def _margin(lens: _Lens, hits: Bools, margins: Floats | None, counted: Bools) ->
     """The smallest margin of the window that decides; of several windows the firmest. None where nothing is echoed."""
     if margins is None or lens.excess is None:
         return None
-    for kind in reversed(_KINDS):
+    for kind in reversed(KINDS):
         if (echoed := lens.echoed(kind, hits)).any():
             return float(runlength.least(margins[counted], lens.windows[kind])[echoed].max())
     return None

@@ -7,13 +7,13 @@ only what a base said, which never changes.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from finetune import echo, formula, heard, looks, passage, prompts
-from finetune.byheart import Found, Kind, Limits
+from finetune.byheart import Found, Kind, Limits, judge, suspect
 from finetune.conversation import Conversation
 from finetune.echo import Map, Measured
 from finetune.format import Format
@@ -22,7 +22,7 @@ from finetune.looks import Place
 from finetune.masks import encode
 from finetune.passage import Key, Passage, Split
 from finetune.plan import Plan
-from finetune.runlength import Bools
+from finetune.runlength import Bools, Floats
 from finetune.runs import RunFolder
 from finetune.speak import Sampler
 
@@ -65,14 +65,15 @@ class Ear:
         if key not in self._made:
             one = self.plan.conversations[example]
             shown = one.asked(self.plan.split.twins[example]) if split == "twin" else one
-            rendered = prompts.render(shown, self._format(format_), self.plan.vocabulary)
+            rendered = prompts.render(shown, self.format(format_), self.plan.vocabulary)
             made = passage.passage(
                 example, split, rendered, encode(rendered, self.plan.vocabulary), self.formulas.get(example)
             )
             self._made[key] = made if made.format == format_ else _renamed(made, format_)
         return self._made[key]
 
-    def _format(self, name: str) -> Format:
+    def format(self, name: str) -> Format:
+        """A format of the plan, or any that can be found. Errors: UserError."""
         if name not in self._formats:
             self._formats[name] = self.plan.formats.get(name) or prompts.load([name])[0]
         return self._formats[name]
@@ -92,7 +93,7 @@ class Ear:
 
 def _renamed(made: Passage, format_: str) -> Passage:
     """Under the name the recipe gives a format: a path, where the file has a name of its own."""
-    return Passage(**{**vars(made), "format": format_})
+    return replace(made, format=format_)
 
 
 def ear(plan: Plan, limits: Limits | None = None) -> Ear:
@@ -122,10 +123,14 @@ class Base:
         """Readings with the adapter off, of these passages and of all that came before."""
         missing = {one.key: one for one in passages if one.key not in self.readings}
         if missing:
-            self.readings.update(heard.read(speaker, list(missing.values()), base=True))
-            heard.save(self.run.tokens_at(0), self.readings)
-            self.readings.update(heard.load(self.run.tokens_at(0)))  # to the bit what a run that goes on will read
+            self.keep(heard.read(speaker, list(missing.values()), base=True))
         return self.readings
+
+    def keep(self, found: Mapping[Key, Reading]) -> None:
+        """Add readings of the base, to the bit as a run that goes on will find them."""
+        self.readings.update(found)
+        heard.save(self.run.tokens_at(0), self.readings)
+        self.readings.update(heard.load(self.run.tokens_at(0)))
 
 
 def base(run: RunFolder) -> Base:
@@ -169,6 +174,15 @@ def hear(
     return Heard(tuple(passages), measured, list(rows(measured, place)))
 
 
+def begin(ear: Ear, speaker: Reads, base: Base, passages: Sequence[Passage], place: Place) -> Heard:
+    """The same before the first step, with the adapter off: one pass gives the base's readings and its own rows."""
+    readings = heard.read(speaker, passages, True, SAMPLER, looks.TEMPERATURES)
+    base.keep(readings)
+    found = tuple(judge(one, readings[one.key], readings[one.key], ear.limits) for one in passages)
+    measured = Measured(found, readings)
+    return Heard(tuple(passages), measured, list(rows(measured, place)))
+
+
 def again(ear: Ear, found: Heard, base: Base, greedy: Mapping[Key, str], place: Place) -> Heard:
     """The same once alarmed examples answered greedily: almost verbatim counts as whole. `greedy`: answers by key."""
     measured = echo.nearly(found.measured, found.passages, base.readings, greedy, ear.limits)
@@ -196,3 +210,55 @@ def _best_temperatures(found: Iterable[Found], readings: Mapping[Key, Reading]) 
 
 def _group(one: Found) -> tuple[str, str]:
     return one.key[0], one.key[2]
+
+
+# what training heard
+
+
+@dataclass(frozen=True, eq=False)
+class Overheard:
+    """What the training forward said of one trained text: of the tokens where `trained`, one step before its row."""
+
+    example: str
+    format: str
+    trained: Sequence[bool]  # over the text's ids
+    log_p: Floats
+    hits: Bools
+
+
+def free(ear: Ear, speaker: Reads, base: Base, said: Iterable[Overheard], place: Place) -> Iterator[dict[str, Any]]:
+    """Rows of the free map: a lower estimate, in train mode and in the format the example wore.
+
+    Dropout and skipped layers make it miss more. Tokens that goldfish left out of the loss were not heard: then runs
+    are counted between them and no window is judged (`echo_whole`, `long` and `windows` are null). The base is asked
+    only where it could decide.
+    """
+    pairs = [(ear.passage("train", one.example, one.format), one) for one in said]
+    whole = [(passage, Reading(one.log_p, one.hits)) for passage, one in pairs if _all_heard(passage, one)]
+    loud = [passage for passage, reading in whole if suspect(passage, reading, ear.limits)]
+    known = base.of(speaker, loud)
+    found = [_overheard(*pair, known if pair[0] in loud else {}, ear.limits) for pair in whole]
+    found += [_in_part(passage, one, ear.limits) for passage, one in pairs if not _all_heard(passage, one)]
+    for row in echo.rows(found, place, "free"):
+        yield {**row, "nll_tstar": None}
+
+
+def _all_heard(passage: Passage, one: Overheard) -> bool:
+    return tuple(one.trained) == passage.read
+
+
+def _overheard(passage: Passage, reading: Reading, known: Mapping[Key, Reading], limits: Limits) -> Found:
+    """Where no window is hit, no base is needed to say that none is echoed."""
+    if passage.key in known:
+        return judge(passage, reading, known[passage.key], limits)
+    return replace(judge(passage, reading, reading, limits), excess_bits=None)
+
+
+def _in_part(passage: Passage, one: Overheard, limits: Limits) -> Found:
+    """Tokens that were not heard count as missed, and in no sum."""
+    heard_at = np.array(one.trained)[np.array(passage.read)]
+    hits = np.zeros(len(heard_at), dtype=bool)
+    hits[heard_at] = one.hits
+    found = judge(passage, Reading(np.zeros(len(hits)), hits), None, limits)
+    nll = -float(one.log_p.mean()) if len(one.log_p) else None
+    return replace(found, nll=nll, tokens=len(one.hits), log10_pz=None)

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+_TREND = 5  # looks before which nothing can be said to have got worse
 _FLOOR = 0.1  # cyclical: the share of the learning rate a cycle starts and ends at
 _RISE, _START, _END = 0.3, 1 / 25, 1e-4 / 25  # one_cycle, as in torch's OneCycleLR: share rising, first and last factor
 
@@ -73,11 +74,15 @@ def travel(learning_rate: float, schedule: str, length: Length) -> float:
 
 @dataclass(frozen=True)
 class Looks:
-    """When a run is looked at: epochs of light and of full looks, and why. The last epoch is always a full one."""
+    """When a run is looked at: epochs of light and of full looks, and why. The base and the last epoch are always.
+
+    `alarm`: how many full looks more the budget pays, should an example begin to echo.
+    """
 
     light: tuple[int, ...]
     full: tuple[int, ...]
     reason: str
+    alarm: int = 0
 
 
 @dataclass(frozen=True)
@@ -91,17 +96,25 @@ class Cost:
 
 def plan_looks(epochs: int, every: int | str, budget: float, cost: Cost) -> Looks:
     """Epochs to look at. `auto`: 1, 2, 5, 10, 20, 50, 100, ... full while the budget pays, light ones between."""
+    purse = budget * epochs * cost.epoch - 2 * cost.full  # what is left beside the base and the last epoch
     if isinstance(every, int):
         full = (*range(every, epochs, every), epochs)
-        return Looks((), full, f"every {every} epochs, as the recipe says")
-    purse = budget * epochs * cost.epoch - cost.full
+        spare = max(0, int((purse - (len(full) - 1) * cost.full) // cost.full))
+        return Looks((), full, f"every {every} epochs, as the recipe says", spare)
     full_at = _affordable(_round_epochs(epochs), purse, cost.full)
     purse -= len(full_at) * cost.full
-    count = max(0, int(purse // cost.light))
+    alarm = _spared(purse, cost)
+    count = max(0, int((purse - alarm * cost.full) // cost.light))
     light = sorted({round(epochs * (i + 1) / (count + 1)) for i in range(count)} - {0, epochs, *full_at})
-    share = (len(full_at) * cost.full + cost.full + len(light) * cost.light) / (epochs * cost.epoch)
-    reason = f"{len(light)} light and {len(full_at) + 1} full looks, about {share:.1%} of the work of training"
-    return Looks(tuple(light), (*full_at, epochs), reason)
+    share = ((len(full_at) + 2 + alarm) * cost.full + len(light) * cost.light) / (epochs * cost.epoch)
+    reason = f"{len(light)} light and {len(full_at) + 1} full looks, {alarm} more if an example begins to echo"
+    reason += f", and one at the base: about {share:.1%} of the work of training"
+    return Looks(tuple(light), (*full_at, epochs), reason, alarm)
+
+
+def _spared(purse: float, cost: Cost) -> int:
+    """Full looks put by for alarms: half of the purse; one, at least, where enough light looks for a trend are left."""
+    return max(int(purse / 2 // cost.full), int(purse >= cost.full + _TREND * cost.light))
 
 
 def _round_epochs(epochs: int) -> list[int]:

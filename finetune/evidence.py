@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from statistics import fmean
@@ -126,13 +126,19 @@ class Facts:
     elsewhere: bool = False
 
 
-def facts(metrics: Iterable[Row], examples: Iterable[Row], findings: Iterable[Row], setting: Setting) -> list[Facts]:
-    """Of every look after the first step, in order of steps; [] before there is one."""
+def facts(
+    metrics: Iterable[Row],
+    examples: Iterable[Row],
+    findings: Iterable[Row],
+    setting: Setting,
+    only: Collection[int] | None = None,
+) -> list[Facts]:
+    """Of every look after the first step, in order of steps; [] before there is one. `only`: looks at these steps."""
     places = {row["step"]: row for row in metrics if row["kind"] == "look" and row["step"] > 0}
     steps = sorted(places)
     shelf = _Shelf(list(examples), list(findings), {step: places[step] for step in steps}, setting)
     alone = len(steps) == 1 and not setting.running
-    return [shelf.facts(step, alone) for step in steps]
+    return [shelf.facts(step, alone) for step in steps if only is None or step in only]
 
 
 @dataclass(frozen=True)

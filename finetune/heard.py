@@ -47,6 +47,11 @@ class Reading:
     log_q: Floats | None = None
     nll_at: Floats | None = None
 
+    @property
+    def nll(self) -> float:
+        """Sum over tokens, nats."""
+        return -float(self.log_p.sum())
+
 
 def read(
     speaker: Reads,

@@ -6,8 +6,7 @@ bytes of the answers; the end mark is scored with the answer it ends.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -66,16 +65,23 @@ def measure(
 ) -> Measure | None:
     """Score a group; None, not zero, where nothing is supervised."""
     scores = speaker.score([i.ids for i in group.items], [i.trained for i in group.items], temperatures, base)
+    return measured(scores, group.size)
+
+
+def measured(scores: Iterable[Score], size: int) -> Measure | None:
+    """Of texts that were scored. `size`: UTF-8 bytes of their answers. None where nothing is supervised."""
+    scores = list(scores)
     tokens = sum(len(score.hits) for score in scores)
     if tokens == 0:
         return None
     total = sum(score.nll for score in scores)
-    at = [sum(float(score.nll_at[k]) for score in scores) for k in range(len(temperatures))]
+    given = [score.nll_at for score in scores if score.nll_at is not None and len(score.nll_at)]
+    at = [float(one) for one in sum(given[1:], start=given[0])] if given else []
     return Measure(
         nll=total / tokens,
         nll_tstar=min([*at, total]) / tokens if at else None,
         accuracy=sum(int(score.hits.sum()) for score in scores) / tokens,
-        bpb=total / _NATS_PER_BIT / max(group.size, 1),
+        bpb=total / _NATS_PER_BIT / max(size, 1),
         tokens=tokens,
     )
 
@@ -90,15 +96,26 @@ class Place:
     travel: float
 
 
-def rows(speaker: Speaks, groups: Sequence[Group], place: Place, movement: Movement) -> Iterator[dict[str, Any]]:
-    """Rows for metrics.jsonl, one a group, each with what it cost in seconds."""
-    for group in groups:
-        began = time.monotonic()
-        found = measure(speaker, group)
-        if found is not None:
-            where = {**head(place), "split": group.split, "format": group.format}
-            moved = {"moved": movement.share, "distance": movement.distance}
-            yield {**where, **asdict(found), **moved, "seconds": time.monotonic() - began}
+class Text(Protocol):
+    """Whose text was scored."""
+
+    @property
+    def split(self) -> str: ...
+    @property
+    def format(self) -> str: ...
+    @property
+    def size(self) -> int: ...
+
+
+def rows(
+    scores: Iterable[Score], texts: Sequence[Text], place: Place, movement: Movement, seconds: float
+) -> Iterator[dict[str, Any]]:
+    """A row for metrics.jsonl, of one split in one format, with what it cost in seconds; none of nothing."""
+    found = measured(scores, sum(one.size for one in texts))
+    if found is not None:
+        where = {**head(place), "split": texts[0].split, "format": texts[0].format}
+        moved = {"moved": movement.share, "distance": movement.distance}
+        yield {**where, **asdict(found), **moved, "seconds": seconds}
 
 
 def head(place: Place) -> dict[str, Any]:

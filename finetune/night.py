@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from finetune import __version__, corpus, machine, model, plan, recipe, runs, train
+from finetune import __version__, corpus, keeping, machine, model, plan, recipe, runs, train
 from finetune.corpus import Split
 from finetune.errors import UserError, refuse
 from finetune.machine import Derived
@@ -29,7 +29,7 @@ from finetune.runs import RunFolder
 from finetune.screen import Headline, Screen
 from finetune.speak import Speaker
 from finetune.train import Job, Progress
-from finetune.vigil import LookPlan, Vigil
+from finetune.vigil import LookPlan, Probe, Vigil
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def _spend(task: Task, screen: Screen, save_every: float | None) -> Outcome:
     known = runs.read_json(task.run.run_json) if task.going_on else {}
     base = model.find_base(task.recipe.base, known.get("commit") or task.recipe.revision)
     made = _plan(task, base.folder, known)
-    looks = _begin(task, made, base, known)
+    looks = _begin(task, made, base, known, screen)
     model.spare_a_core()
     if remark := model.device_remark():
         screen.say(remark)
@@ -98,12 +98,27 @@ def _watched(
 ) -> Outcome:
     loaded = _load(task, base)
     speaker = Speaker(loaded.model, made.vocabulary.tokenizer, made.vocabulary.eos_id)
-    vigil = Vigil(task.run, made, loaded.model, loaded.start, speaker, screen, looks, task.recipe.watch, save_every)
+    watch = task.recipe.watch
+    vigil = Vigil(
+        task.run, made, loaded.model, loaded.start, speaker, screen, looks, watch, _probes(), save_every=save_every
+    )
     with _stop_signals(vigil, screen):
         _train(task, made, vigil, loaded, screen)
-    vigil.tidy()
-    task.run.record(state="stopped" if vigil.stopping else "finished", spent=_spent(task.run))
-    return _outcome(task, vigil.stopping)
+    interrupted = vigil.stopping and vigil.stopped_by is None
+    vigil.tidy(keeping.RUNNING if interrupted else vigil.stopped_by or "its last epoch")
+    said = keeping.read(task.run)
+    task.run.record(
+        state="stopped" if interrupted else "finished",
+        stopped_by=vigil.stopped_by,
+        verdict=said["run"]["verdict"] if said else None,
+        spent=_spent(task.run),
+    )
+    return _outcome(task, interrupted)
+
+
+def _probes() -> tuple[Probe, ...]:
+    """What else a full look asks the model; the rows go to findings.jsonl."""
+    return ()
 
 
 # before
@@ -129,11 +144,13 @@ def _fingerprints(made: Plan, base: Path) -> dict[str, str]:
     return {"dataset": dataset, "base": model.fingerprint(base), "rendered texts": made.fingerprint()}
 
 
-def _begin(task: Task, made: Plan, base: model.Base, known: Mapping[str, Any]) -> LookPlan:
+def _begin(task: Task, made: Plan, base: model.Base, known: Mapping[str, Any], screen: Screen) -> LookPlan:
     """Write what stays the same, run.json last: a folder without one has not begun. Returns the plan of looks."""
     if not known:
         runs.write_json(task.run.split, made.split.to_json())
         runs.write_atomic(task.run.source_recipe, task.source)
+    else:
+        _say_what_stays(task, screen)
     looks = _looks(task, made, known)
     runs.write_atomic(task.run.recipe, recipe.resolved_yaml(task.recipe))
     facts: dict[str, Any] = {"state": "running", "version": __version__, "seed": task.recipe.seed, **_environment()}
@@ -149,11 +166,19 @@ def _begin(task: Task, made: Plan, base: model.Base, known: Mapping[str, Any]) -
         facts |= {"refit_of": str(task.parent), "refit_steps": task.steps}
     if not known:
         facts |= {"fingerprints": {**_fingerprints(made, base.folder), "recipe": recipe.fingerprint(task.recipe)}}
+    facts |= {"places": {name: str(one.origin) for name, one in made.conversations.items()}}
     task.run.record(**facts)
     full, light = (
         frozenset(min(e * made.length.per_epoch, made.length.total) for e in looks[k]) for k in ("full", "light")
     )
-    return LookPlan(light - full, full, looks["reason"])
+    return LookPlan(light - full, full, looks["reason"], looks["alarm"])
+
+
+def _say_what_stays(task: Task, screen: Screen) -> None:
+    was, now = recipe.load_resolved(task.run.recipe), task.recipe
+    if (was.watch.every, was.watch.budget) != (now.watch.every, now.watch.budget):
+        more = " New ones hold for the epochs that were added." if now.epochs > was.epochs else ""
+        screen.say(f"watch.every and watch.budget were fixed when this run began; its looks stay as planned.{more}")
 
 
 def _environment() -> dict[str, Any]:
@@ -168,12 +193,13 @@ def _epochs(task: Task, made: Plan) -> int:
 def _looks(task: Task, made: Plan, known: Mapping[str, Any]) -> dict[str, Any]:
     """The plan of looks, in epochs: fixed when a run begins, extended when it is given more of them."""
     if task.steps is not None:
-        return {"light": [], "full": [_epochs(task, made)], "reason": "a refit is looked at once"}
+        return {"light": [], "full": [_epochs(task, made)], "reason": "a refit is looked at once", "alarm": 0}
     was = known.get("looks", {"light": [], "full": [], "reason": made.looks.reason})
     before = int(known.get("epochs", 0))
     light = [*was["light"], *(epoch for epoch in made.looks.light if epoch > before)]
     full = [*was["full"], *(epoch for epoch in made.looks.full if epoch > before)]
-    return {"light": light, "full": full, "reason": was["reason"]}
+    alarm = made.looks.alarm if _epochs(task, made) > before else was.get("alarm", 0)
+    return {"light": light, "full": full, "reason": was["reason"], "alarm": alarm}
 
 
 def _derived(made: Plan, looks: Mapping[str, Any]) -> dict[str, Derived]:
@@ -217,8 +243,8 @@ def _train(task: Task, made: Plan, vigil: Vigil, loaded: _Loaded, screen: Screen
     length = made.length
     screen.open(Headline(task.run.path.name, _epochs(task, made), length.total, length.per_epoch, done))
     try:
-        vigil.look_if_missing(done, progress)
-        if done < length.total:
+        vigil.begin(done, progress)
+        if done < length.total and not vigil.stop():
             with tempfile.TemporaryDirectory() as work:
                 job = _job(task, made, vigil, loaded, Path(work))
                 train.train(loaded.model, loaded.base.folder, job, vigil, newest.folder if newest else None)
@@ -242,6 +268,7 @@ def _job(task: Task, made: Plan, vigil: Vigil, loaded: _Loaded, work: Path) -> J
         work=work,
         new_checkpoint=vigil.new_checkpoint,
         checkpointing=bool(checkpointing),
+        listen=vigil.listen,
     )
 
 
@@ -285,40 +312,35 @@ def _library_talk_into(run: RunFolder) -> Iterator[None]:
 
 
 def _spent(run: RunFolder) -> dict[str, Any]:
-    """Seconds by what they were spent on, and the share of looking in all of it."""
+    """Seconds by what they were spent on, and the share of looking in all of it. `listening`: judging the free map."""
     rows = runs.read_lines(run.metrics)
     training = sum(row["seconds"] for row in rows if row["kind"] == "step")
-    looking = sum(row["seconds"] for row in rows if row["kind"] == "look")
-    looking += sum(row["seconds"] for row in runs.read_lines(run.samples))
-    return {"training": training, "looking": looking, "share_looking": looking / max(training + looking, 1e-9)}
+    listening = sum(row.get("listening", 0.0) for row in rows if row["kind"] == "step")
+    looking = sum(row.get("took", 0.0) for row in rows if row["kind"] == "look")
+    everything = max(training + listening + looking, 1e-9)
+    spent = {"training": training, "looking": looking, "listening": listening}
+    return {**spent, "share_looking": looking / everything, "share_listening": listening / everything}
 
 
 def _outcome(task: Task, interrupted: bool = False) -> Outcome:
-    facts = runs.read_json(task.run.run_json)
-    told = {key: facts.get(key) for key in ("state", "epochs", "steps", "chosen", "spent")}
-    told["adapter"] = str(task.run.adapter) if "chosen" in facts else None
-    return Outcome(task.run.path, "\n".join(_told(task, facts, interrupted)), told, interrupted)
+    facts, said = runs.read_json(task.run.run_json), keeping.read(task.run)
+    told = {key: facts.get(key) for key in ("state", "epochs", "steps", "chosen", "stopped_by", "spent")}
+    told["adapter"] = str(task.run.adapter) if said else None
+    told["verdict"] = said
+    text = "\n".join(_told(task, facts, said, interrupted))
+    task.run.note(text)
+    return Outcome(task.run.path, text, told, interrupted)
 
 
-def _told(task: Task, facts: Mapping[str, Any], interrupted: bool) -> Iterator[str]:
-    chosen = facts.get("chosen")
+def _told(task: Task, facts: Mapping[str, Any], said: Mapping[str, Any] | None, interrupted: bool) -> Iterator[str]:
     if interrupted:
         yield f"Stopped; everything is saved. Go on with: sft train {task.run.path}"
-    if chosen is None:
+    if said is None:
         yield "There is no adapter yet: the first look is still to come."
         return
+    end = said["run"]
+    if facts.get("stopped_by"):
+        yield f"The run stopped by itself at epoch {end['epoch']:g} of {facts['epochs']}: {end['verdict']}."
+    yield from keeping.told(said, task.run, facts.get("places", {}))
+    chosen = facts["chosen"]
     yield f"Adapter: {task.run.adapter} (epoch {chosen['epoch']:g}: {chosen['reason']})"
-    yield from _gain(runs.read_lines(task.run.metrics), chosen["step"])
-
-
-def _gain(rows: list[dict[str, Any]], step: int) -> Iterator[str]:
-    """Held-out figures of the chosen adapter beside the base's, in the first format."""
-    held = [row for row in rows if row["kind"] == "look" and row["split"] == "held_out"]
-    base = next((row for row in held if row["step"] == 0), None)
-    now = next((row for row in held if row["step"] == step), None)
-    if base is not None and now is not None:
-        change = now["nll_tstar"] - base["nll_tstar"]
-        yield (
-            f"Held-out loss at its best temperature: {now['nll_tstar']:.5f} nats per token, "
-            f"{abs(change):.5f} {'below' if change < 0 else 'above'} the base ({now['format']})."
-        )

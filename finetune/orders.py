@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune import recipe, runs
+from finetune import recipe, rules, runs
 from finetune.errors import Problem, UserError, refuse
 from finetune.recipe import Recipe
 from finetune.runs import RunFolder
@@ -44,8 +44,12 @@ class Task:
         if not self.going_on:
             return False
         facts = runs.read_json(self.run.run_json)
+        if facts["state"] != "finished":
+            return False
+        if (verdict := facts.get("stopped_by")) and verdict in rules.STOPS[self.recipe.watch.stop_at]:
+            return True
         enough = facts["steps"] == self.steps if self.steps is not None else facts["epochs"] >= self.recipe.epochs
-        return facts["state"] == "finished" and bool(enough)
+        return bool(enough) and not verdict
 
 
 def read(order: Order) -> Task:
@@ -106,12 +110,25 @@ def _from_run(target: Path, order: Order) -> Task:
 def _more(was: Recipe, facts: Mapping[str, Any], epochs: int, target: Path) -> Recipe:
     if facts["state"] != "finished":
         raise refuse(f"{target} is not finished.", f"`sft train {target}` goes on with it.")
+    _refuse_overfit(facts, target)
     if not was.optimizer.schedule.startswith("constant") or "refit_of" in facts:
         what = (
             f"{target} cannot be taken further: its learning rate follows {was.optimizer.schedule}, or it is a refit."
         )
         raise refuse(what, "Only a run under a constant learning rate can; raise `epochs` and use --fresh.")
     return was.model_copy(update={"epochs": int(facts["epochs"]) + epochs})
+
+
+def _refuse_overfit(facts: Mapping[str, Any], target: Path) -> None:
+    """More of what recites is not better; and a run that a verdict stopped has epochs left already."""
+    verdict, stopped = facts.get("verdict"), facts.get("stopped_by")
+    if verdict == "overfit":
+        what = f"{target} cannot be taken further: its verdict is overfit."
+        remedy = "Train anew with a lower optimizer.learning_rate, fewer epochs or more examples; adapter/ is kept."
+        raise refuse(what, remedy)
+    if stopped:
+        what = f"{target} stopped before its last epoch, at the verdict {stopped}."
+        raise refuse(what, f"`sft train {target} --set watch.stop_at=overfit` goes on to the epochs it has.")
 
 
 def _refit(parent: RunFolder, was: Recipe, facts: Mapping[str, Any], source: bytes) -> Task:

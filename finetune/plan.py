@@ -94,6 +94,10 @@ class Plan:
         """Tokens a sampled answer may have: a quarter more than the longest that is taught, at most 512."""
         return min(512, 1 + max(5 * item.supervised // 4 for item in self.texts.trained.values()))
 
+    def most_alarmed(self) -> int:
+        """Trained examples that a look reads because they echo: as many as are held out, or all where none is."""
+        return len(self.split.held_out) or len(self.split.train)
+
     def groups(self, full: bool) -> list[Group]:
         """What a look measures: held-out in one format; a full one also train, twins, and held-out in every format."""
         first = self.first_format
@@ -216,7 +220,9 @@ def _cost(plan: Plan) -> Cost:
 
     def look(full: bool) -> float:
         read = sum(len(item.ids) for group in plan.groups(full) for item in group.items)
-        return read + _DECODE * plan.answer_limit()
+        alarmed = plan.most_alarmed() * (len(plan.recipe.formats.train) if full else 1)
+        writes = full or plan.recipe.watch.prompts
+        return read + alarmed * plan.longest() + (_DECODE * plan.answer_limit() if writes else 0)
 
     epoch = _BACKWARD * sum(len(item.ids) for item in plan.epochs.order(0))
     return Cost(epoch, look(False), look(True))

@@ -15,6 +15,7 @@ from finetune.errors import UserError
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
+STOPS = {"overfit": ("overfit",), "watch": ("overfit", "watch"), "never": ()}  # verdicts that `watch.stop_at` ends at
 
 
 class Rules(BaseModel):

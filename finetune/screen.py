@@ -23,7 +23,19 @@ from rich.text import Text
 from finetune.tables import harmless
 
 BLOCKS = "▁▂▃▄▅▆▇█"
+_STYLE = {"ok": "green", "watch": "yellow", "overfit": "bold red"}
 _PLAIN_EVERY = 10.0  # seconds between two plain lines; looks are always told
+
+
+def _figures(judged: Mapping[str, Any]) -> str:
+    """Who recites, and what became of held-out loss, in a few words."""
+    told = []
+    for key, how in (("recited", "recite 50 tokens"), ("whole", "whole")):
+        if judged[key] is not None:
+            told.append(f"{judged[key][0]} of {judged[key][1]} {how}")
+    if judged["change"] is not None:
+        told.append(f"held-out {judged['change']:+.5f}")
+    return " · ".join(told) or "nothing measured yet"
 
 
 def sparkline(values: Sequence[float], width: int = 40) -> str:
@@ -58,6 +70,7 @@ class _State:
     running: list[float] = field(default_factory=list)
     held: list[float] = field(default_factory=list)
     look: Mapping[str, Any] | None = None
+    judged: Mapping[str, Any] | None = None
     base: float | None = None
     sample: Mapping[str, Any] | None = None
     note: str = ""
@@ -105,8 +118,17 @@ class Screen:
             self._plain()
         self._refresh()
 
-    def look(self, rows: Sequence[Mapping[str, Any]], samples: Sequence[Mapping[str, Any]]) -> None:
-        """One look: its rows, and answers written at it. The first row of the held-out split is the one drawn."""
+    def look(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        samples: Sequence[Mapping[str, Any]],
+        judged: Mapping[str, Any] | None = None,
+    ) -> None:
+        """One look: its rows, and answers written at it. The first row of the held-out split is the one drawn.
+
+        `judged`: the run's `verdict` so far, `recited` and `whole` (how many, of how many trained answers that are long
+        enough) and `change` of held-out loss against the base, nats per token; None before the first step.
+        """
         samples = [{**one, **{key: harmless(one[key]) for key in ("prompt", "answer")}} for one in samples]
         row = next((row for row in rows if row["split"] == "held_out"), None)
         if row is not None:
@@ -114,8 +136,9 @@ class Screen:
             self._state.held.append(float(row["nll"]))
             self._state.base = float(row["nll"]) if row["step"] == 0 else self._state.base
         self._state.sample = samples[0] if samples else self._state.sample
+        self._state.judged = judged or self._state.judged
         if self._live is None:
-            self._tell_look(row, samples)
+            self._tell_look(row or next(iter(rows), None), samples, judged)
         self._refresh()
 
     def say(self, text: str) -> None:
@@ -139,10 +162,17 @@ class Screen:
         pace = f"{self._speed():,.0f} tokens/s  left {self._left()}"
         self._console.print(f"{where}  {how}  {pace}", highlight=False, soft_wrap=True)
 
-    def _tell_look(self, row: Mapping[str, Any] | None, samples: Sequence[Mapping[str, Any]]) -> None:
+    def _tell_look(
+        self,
+        row: Mapping[str, Any] | None,
+        samples: Sequence[Mapping[str, Any]],
+        judged: Mapping[str, Any] | None,
+    ) -> None:
         if row is not None:
+            said = f"{judged['verdict']} · {_figures(judged)} · " if judged else ""
             self._console.print(
-                f"look at epoch {row['epoch']:.0f}: held-out {row['nll']:.5f} nats/token, "
+                f"look at epoch {row['epoch']:.0f}: {said}{'held-out' if row['split'] == 'held_out' else row['split']} "
+                f"{row['nll']:.5f} nats/token, "
                 f"accuracy {row['accuracy']:.1%}, {row['bpb']:.4f} bits/byte, {row['moved']:.0%} of lora_A moved",
                 highlight=False,
                 soft_wrap=True,
@@ -202,6 +232,9 @@ class Screen:
             table.add_row("speed", f"{self._speed():,.0f}", f"tokens/s · {row['gib']:.2f} GiB")
         if state.look is not None:
             table.add_row("last look", f"epoch {state.look['epoch']:.0f}", self._looked(state.look))
+        if state.judged is not None:
+            word = str(state.judged["verdict"])
+            table.add_row("so far", Text(word, style=_STYLE.get(word, "")), _figures(state.judged))
         return table
 
     def _held(self) -> str:

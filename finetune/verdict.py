@@ -80,7 +80,7 @@ def _word(found: Signs) -> Word:
 
 def asks_to_stop(verdict: Word, stop_at: Literal["overfit", "watch", "never"]) -> bool:
     """Whether a run with this `watch.stop_at` ends here."""
-    return verdict in {"overfit": ("overfit",), "watch": ("overfit", "watch"), "never": ()}[stop_at]
+    return verdict in rules.STOPS[stop_at]
 
 
 # which look
@@ -126,11 +126,16 @@ def to_test(looks: Sequence[Judgement], tried: int, by: Rules, kept: Collection[
 
 
 def judgements(
-    metrics: Iterable[Row], examples: Iterable[Row], findings: Iterable[Row], setting: Setting, by: Rules | None = None
+    metrics: Iterable[Row],
+    examples: Iterable[Row],
+    findings: Iterable[Row],
+    setting: Setting,
+    by: Rules | None = None,
+    only: Collection[int] | None = None,
 ) -> list[Judgement]:
-    """Every look of a run folder, in order; the last one is what may stop a run."""
+    """Every look of a run folder, in order; the last one is what may stop a run. `only`: looks at these steps."""
     thresholds = by or rules.read()
-    return [judge(one, thresholds) for one in evidence.facts(metrics, examples, findings, setting)]
+    return [judge(one, thresholds) for one in evidence.facts(metrics, examples, findings, setting, only)]
 
 
 def of_run(

@@ -1,20 +1,24 @@
-"""What happens beside training: rows written, looks taken, checkpoints thinned out, the best adapter put in its place.
+"""What happens beside training: rows written, looks taken and judged, checkpoints thinned out, the best adapter kept.
 
-It watches and keeps; it never changes a weight, and never judges a run beyond «has the adapter moved at all».
+It watches, keeps, and stops a run that recites; it never changes a weight. What it knows it reads from the run folder.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from finetune import disk, looks, prompts, runs
+from finetune import disk, ear, looks, prompts, runs, verdict
 from finetune.conversation import Turn
+from finetune.ear import Overheard
 from finetune.errors import refuse
+from finetune.evidence import Setting
+from finetune.hearing import Hearing
+from finetune.keeping import RUNNING, Alarms, Chosen, Keeper, alarms, loudest, measured
 from finetune.looks import Alive, Place
 from finetune.masks import encode
 from finetune.model import Movement, Start
@@ -22,29 +26,39 @@ from finetune.plan import Plan
 from finetune.recipe import Watch
 from finetune.runs import RunFolder
 from finetune.speak import Speaker
-from finetune.train import Progress
+from finetune.train import Progress, Spoken
 
 _JUDGED_AFTER = 50  # steps past the warm-up after which an adapter must have moved; at step 1 lora_A cannot, for B is 0
 _SAVE_SHARE = 0.02  # of wall time that checkpoints between looks may take
 _SAVE_BOUNDS = (20.0, 600.0)  # seconds between two of them
 _HELD_OUT_QUESTIONS = 2
+_APART = 1.25  # an alarm calls for a full look once the travel is so many times that of the last one
 
 
 class Screen(Protocol):
     """Who shows a run."""
 
     def step(self, row: Mapping[str, Any]) -> None: ...
-    def look(self, rows: Sequence[Mapping[str, Any]], samples: Sequence[Mapping[str, Any]]) -> None: ...
+    def look(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        samples: Sequence[Mapping[str, Any]],
+        judged: Mapping[str, Any] | None = None,
+    ) -> None: ...
     def say(self, text: str) -> None: ...
+
+
+Probe = Callable[[Speaker, Place], Iterable[Mapping[str, Any]]]  # asked at full looks; gives rows for findings.jsonl
 
 
 @dataclass(frozen=True)
 class LookPlan:
-    """Steps at which to look, fixed when the run began."""
+    """Steps at which to look, fixed when the run began. `alarm`: full looks that alarms may add."""
 
     light: frozenset[int]
     full: frozenset[int]
     reason: str
+    alarm: int = 0
 
     def at(self, step: int) -> bool:
         """Whether a step is looked at."""
@@ -53,7 +67,10 @@ class LookPlan:
 
 @dataclass
 class Vigil:
-    """The watcher of one run. `save_every`: seconds between checkpoints, None to let their cost decide."""
+    """The watcher of one run. `save_every`: seconds between checkpoints, None to let their cost decide.
+
+    `stopping`: someone asked for the end. `stopped_by`: the verdict that did.
+    """
 
     run: RunFolder
     plan: Plan
@@ -63,10 +80,22 @@ class Vigil:
     screen: Screen
     looks: LookPlan
     watch: Watch
+    probes: Sequence[Probe] = ()
     save_every: float | None = None
     stopping: bool = False
+    stopped_by: verdict.Word | None = None
     _saved_at: float = field(default_factory=time.monotonic)
     _save_cost: float = 0.0
+    _alarms: Alarms = field(default_factory=dict)
+    _full: list[tuple[int, float]] = field(default_factory=list)  # (step, travel) of the full looks so far
+    _added: set[int] = field(default_factory=set)  # steps of those that alarms called for
+    _written: object = None
+
+    def __post_init__(self) -> None:
+        formats = self.plan.recipe.formats.held_out
+        self.keeper = Keeper(self.run, Setting(self.plan.first_format, formats, running=True))
+        self.ear = ear.ear(self.plan)
+        self.hearing = Hearing(self.run, self.ear, self.speaker, ear.base(self.run))
 
     @property
     def _judged_at(self) -> int:
@@ -87,14 +116,27 @@ class Vigil:
         """Look if it is time; True where a checkpoint is wanted. Raises UserError for a dead adapter."""
         if step == self._judged_at:
             self._judge(step, gradient)
-        if self.looks.at(step):
+        if self.looks.at(step) or self._alarmed(step, progress):
             self.look(step, progress, gradient)
             return True
         return time.monotonic() - self._saved_at >= self._pace()
 
     def stop(self) -> bool:
-        """Whether someone asked for the end."""
-        return self.stopping
+        """Whether someone, or a verdict, asks for the end."""
+        return self.stopping or self.stopped_by is not None
+
+    def listen(self, step: int, progress: Progress, spoken: Sequence[Spoken]) -> float:
+        """Write down what the training forward said of each example: the free map. Seconds it took."""
+        began = time.monotonic()
+        said = [
+            Overheard(one.item.example, one.item.format, one.item.trained, one.log_p.double().numpy(), one.hits.numpy())
+            for one in spoken
+            if one.item.format  # replayed text has none
+        ]
+        rows = self.hearing.free(said, self._place("free", step, progress))
+        runs.append_lines(self.run.examples, rows)
+        alarms(rows, self._alarms)
+        return time.monotonic() - began
 
     def _pace(self) -> float:
         low, high = _SAVE_BOUNDS
@@ -102,27 +144,70 @@ class Vigil:
 
     # looks
 
+    def begin(self, done: int, progress: Progress) -> None:
+        """Take up what the run folder says, and the look that is missing: at the base, or one an interruption took."""
+        metrics = [row for row in runs.read_lines(self.run.metrics) if row["kind"] == "look"]
+        alarms(runs.read_lines(self.run.examples), self._alarms)
+        self._full = sorted({(row["step"], row["travel"]) for row in metrics if row["look"] == "full"})
+        self._added = {row["step"] for row in metrics if row.get("cause") == "alarm"}
+        self.hearing.noise = runs.read_json(self.run.run_json).get("noise")
+        if done not in {row["step"] for row in metrics} and (done == 0 or self.looks.at(done)):
+            self.look(done, progress, None)
+        self._weigh(done)
+
+    def _alarmed(self, step: int, progress: Progress) -> bool:
+        """Whether an echo first heard since the last full look calls for another: one an epoch, as many as are paid.
+
+        Counted, not timed, so that two runs of one recipe look at the same steps.
+        """
+        last, travel = max(self._full, default=(0, 0.0))
+        new = any(row["step"] > last for row in self._alarms.values())
+        due = step % self.plan.length.per_epoch == 0 and progress.travel >= _APART * travel
+        return new and due and len(self._added) < self.looks.alarm
+
     def look(self, step: int, progress: Progress, gradient: float | None) -> None:
-        """Measure, answer, write it down, show it."""
-        full = step in self.looks.full or step == 0
-        place = Place("full" if full else "light", step, step / self.plan.length.per_epoch, progress.travel)
+        """Measure, answer, judge, write it down, show it."""
+        began = time.monotonic()
+        added = step not in self.looks.full and step > 0 and self._alarmed(step, progress)
+        full = step in self.looks.full or step == 0 or added
+        place = self._place("full" if full else "light", step, progress)
         movement = self._movement()
-        rows = list(looks.rows(self.speaker, self.plan.groups(full), place, movement))
+        taken = self.hearing.look(place, movement, loudest(self._alarms))
+        if step == 0:
+            self.run.record(noise=self.hearing.noise)
+        rows = taken.metrics
         if step and rows:
             alive = self._alive(movement, progress, gradient)
             rows[0].update({key: value for key, value in asdict(alive).items() if key != "share"})
         if step > self._judged_at:
             self._judge(step, gradient)
-        samples = list(self._samples(place))
+        samples = [] if added else list(self._samples(place))
+        found = [row for probe in self.probes for row in probe(self.speaker, place)] if full else []
+        runs.append_lines(self.run.examples, taken.examples)
+        runs.append_lines(self.run.findings, found)
         runs.append_lines(self.run.samples, samples)
+        if rows:
+            rows[0].update({"took": time.monotonic() - began, **({"cause": "alarm"} if added else {})})
         runs.append_lines(self.run.metrics, rows)
-        self.screen.look(rows, samples)
+        self._remember(place, taken.examples, added)
+        self.screen.look(rows, samples, self._weigh(step))
 
-    def look_if_missing(self, step: int, progress: Progress) -> None:
-        """The look that a kill or an interruption took away, or the one at the base before the first step."""
-        taken = {row["step"] for row in runs.read_lines(self.run.metrics) if row["kind"] == "look"}
-        if step not in taken and (step == 0 or self.looks.at(step)):
-            self.look(step, progress, None)
+    def _remember(self, place: Place, examples: Sequence[Mapping[str, Any]], added: bool) -> None:
+        alarms(examples, self._alarms)
+        self._full += [(place.step, place.travel)] if place.kind == "full" else []
+        self._added |= {place.step} if added else set()
+
+    def _weigh(self, step: int) -> dict[str, Any] | None:
+        """Judge the run as it stands; a verdict that the recipe does not bear ends it, before its last step."""
+        last = self.keeper.judge()
+        if last is None:
+            return None
+        if step < self.plan.length.total and verdict.asks_to_stop(last.verdict, self.watch.stop_at):
+            self.stopped_by = last.verdict
+        return measured(last)
+
+    def _place(self, kind: str, step: int, progress: Progress) -> Place:
+        return Place(kind, step, step / self.plan.length.per_epoch, progress.travel)
 
     def _movement(self) -> Movement:
         return self.start.movement(self.model)
@@ -141,9 +226,9 @@ class Vigil:
             raise refuse(f"The adapter is dead: {why}", remedy)
 
     def _samples(self, place: Place) -> Iterator[dict[str, Any]]:
-        """Answers to the user's own questions and to the first held-out ones, in the first format."""
+        """Answers to the user's own questions, at full looks also to the first held-out ones, in the first format."""
         name, began = self.plan.first_format, time.monotonic()
-        asked = list(_questions(self.plan, self.watch.prompts))
+        asked = list(_questions(self.plan, self.watch.prompts, place.kind == "full"))
         if not asked:
             return
         format_ = self.plan.formats[name]
@@ -169,15 +254,25 @@ class Vigil:
         self._saved_at = time.monotonic()
         self._save_cost = self._saved_at - began
 
-    def tidy(self) -> None:
-        """Install the chosen adapter if it changed; drop what nobody will ask for again. Safe to repeat."""
-        best = choose(runs.read_lines(self.run.metrics), self.plan.first_format)
-        if best is not None and self.run.checkpoint_at(best.step).is_dir():
+    def tidy(self, ended: str = RUNNING) -> None:
+        """Install the chosen adapter if it changed, say why, drop what nobody will ask for again. Safe to repeat.
+
+        `ended`: what ended the run.
+        """
+        kept = {one.step for one in self.run.checkpoints(verify=False)}
+        best = self.keeper.chosen(kept)
+        if best is not None:
             self._install(best)
+            self._say_why(ended, best, kept)
         self._drop_passed()
-        keep = [best.step] if best is not None else []
-        for line in self.run.prune(keep, self.watch.keep.max_gib):
+        for line in self.run.prune([best.step] if best is not None else [], self.watch.keep.max_gib):
             self.run.note(line)
+
+    def _say_why(self, ended: str, best: Chosen, kept: Collection[int]) -> None:
+        now = (ended, best, len(self.keeper.looks))
+        if now != self._written:
+            runs.write_json(self.run.verdict, self.keeper.document(ended, kept, self.ear.quote))
+            self._written = now
 
     def _install(self, best: Chosen) -> None:
         """Once for each choice: a reader finds no adapter for as short as can be."""
@@ -189,55 +284,14 @@ class Vigil:
 
     def _drop_passed(self) -> None:
         """Checkpoints between looks serve only to go on from: two are enough."""
-        passed = [one for one in self.run.checkpoints(verify=False) if not self.looks.at(one.step)]
+        looked = {one.facts.step for one in self.keeper.looks}
+        passed = [one for one in self.run.checkpoints(verify=False) if one.step not in looked]
         for one in passed[2:]:
             disk.retire(one.folder)
 
 
-def _questions(plan: Plan, own: Sequence[str]) -> Iterator[tuple[str, tuple[Turn, ...]]]:
+def _questions(plan: Plan, own: Sequence[str], full: bool) -> Iterator[tuple[str, tuple[Turn, ...]]]:
     for text in own:
         yield "", (Turn("user", text),)
-    for name in plan.split.held_out[:_HELD_OUT_QUESTIONS]:
+    for name in plan.split.held_out[: _HELD_OUT_QUESTIONS if full else 0]:
         yield name, plan.conversations[name].turns[:-1]
-
-
-# which adapter
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """The adapter of a run, and why that one."""
-
-    step: int
-    epoch: float
-    travel: float
-    reason: str
-
-
-def choose(rows: Sequence[Mapping[str, Any]], first_format: str) -> Chosen | None:
-    """The look with the lowest held-out loss at its best temperature; the latest where nothing was gained or held out.
-
-    Only looks after a step count. None before the first.
-    """
-    taken = [row for row in rows if row["kind"] == "look" and row["step"] > 0 and row["nll_tstar"] is not None]
-    if not taken:
-        return None
-    looked = [row for row in rows if row["kind"] == "look" and row["format"] == first_format]
-    held = [row for row in looked if row["split"] == "held_out"]
-    base = next((row["nll_tstar"] for row in held if row["step"] == 0), None)
-    later = [row for row in held if row in taken]
-    latest = max(taken, key=lambda row: row["step"])
-    if not later:
-        return _chosen(latest, "the last look: nothing was held out")
-    best = min(later, key=_loss)
-    if base is not None and best["nll_tstar"] >= base:
-        return _chosen(latest, "the last look: no look was better than the base on held-out examples")
-    return _chosen(best, f"lowest held-out loss, {len(later)} looked at")
-
-
-def _loss(row: Mapping[str, Any]) -> float:
-    return float(row["nll_tstar"])
-
-
-def _chosen(row: Mapping[str, Any], reason: str) -> Chosen:
-    return Chosen(int(row["step"]), float(row["epoch"]), float(row["travel"]), reason)

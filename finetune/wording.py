@@ -18,6 +18,39 @@ _NAMES = {
 }
 
 
+def headline(verdict: str, facts: Facts, signs: Signs) -> str:
+    """The verdict in half a sentence."""
+    if verdict == "overfit":
+        return "it gives training text away" if signs.leak == "confirmed" else "it recites, and got worse elsewhere"
+    if verdict == "watch":
+        return _watched(signs)
+    if verdict == "underpowered":
+        told = {True: "it learned; ", False: "no gain seen; ", None: ""}[signs.learned]
+        return f"{told}too few examples to say more"
+    if verdict == "undertrained":
+        return "no gain on held-out examples yet"
+    return "it learned, and recites nothing"
+
+
+def _watched(signs: Signs) -> str:
+    if signs.leak == "single":
+        return "it gave training text away once"
+    if not signs.some:
+        return "something got worse"
+    if signs.harms:
+        return "it begins to recite, and something got worse"
+    return "memorised, still generalising" if signs.learned else "memorised, nothing gained elsewhere"
+
+
+def choice(verdict: str, facts: Facts, looks: int) -> str:
+    """Why a look's adapter was chosen of so many."""
+    if facts.nll_tstar is None:
+        return f"{verdict}; the last look: nothing was held out"
+    if verdict == "undertrained":
+        return f"{verdict}; the last look: none was surely better than the base on held-out examples"
+    return f"{verdict}, with the lowest held-out loss of such; {looks} looked at"
+
+
 def reason(facts: Facts, signs: Signs, rules: Rules) -> str:
     """Why: learned, recites, harmed, leaks, and whether there was enough to tell."""
     parts = (_learned(facts, signs), *_recites(facts, signs), _harmed(facts, signs, rules), *_said(facts))

@@ -42,7 +42,8 @@ def again(folder: Path, **order: Any) -> night.Outcome:
 def rows(folder: Path, kind: str) -> list[dict[str, Any]]:
     """Without what a clock or the machine's memory says."""
     found = [row for row in runs.read_lines(RunFolder(folder).metrics) if row["kind"] == kind]
-    return [{key: value for key, value in row.items() if key not in ("seconds", "gib")} for row in found]
+    timed = ("seconds", "gib", "took", "listening")
+    return [{key: value for key, value in row.items() if key not in timed} for row in found]
 
 
 def same(one: Any, other: Any) -> bool:
@@ -72,6 +73,10 @@ def assert_same_end(one: Path, other: Path) -> None:
     assert rows(one, "look") == rows(other, "look")
     told = [runs.read_lines(RunFolder(folder).samples) for folder in (one, other)]
     assert [row["answer"] for row in told[0]] == [row["answer"] for row in told[1]]
+    examples = [runs.read_lines(RunFolder(folder).examples) for folder in (one, other)]
+    assert examples[0] == examples[1]
+    assert {row["map"] for row in examples[0]} >= {"free", "full"}
+    assert (one / "verdict.json").read_bytes() == (other / "verdict.json").read_bytes()
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +134,9 @@ def test_no_held_out_row_is_trained(left_alone: tuple[Path, Path]) -> None:
 def test_a_finished_run_started_again_says_its_result(left_alone: tuple[Path, Path]) -> None:
     recipe, folder = left_alone
     before = (folder / "metrics.jsonl").read_bytes()
-    assert "Adapter:" in run(recipe, folder).text
+    told = run(recipe, folder).text
+    assert "Adapter:" in told
+    assert "Verdict: " in told
     assert (folder / "metrics.jsonl").read_bytes() == before
 
 

@@ -1,0 +1,103 @@
+"""One look: which texts are read, their sums for metrics.jsonl and their rows for examples.jsonl.
+
+A light look reads held-out examples and alarmed ones in one format; a full one all splits, held-out ones in every
+format, alarmed ones in every trained format. Of alarmed ones it reads the strongest, as many as are held out: the free
+map hears every example every epoch. It decides nothing, and writes only per-token numbers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from finetune import ear, heard, looks, prompts
+from finetune.ear import Base, Ear, Heard, Overheard
+from finetune.looks import Movement, Place
+from finetune.passage import Key, Passage
+from finetune.runs import RunFolder
+from finetune.speak import Speaker
+
+_ASKED = 8  # alarmed examples whose answer is written out at a full look; the likeliest ones: writing is dear
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Taken:
+    """The rows of one look."""
+
+    metrics: list[Row]
+    examples: list[Row]
+
+
+@dataclass
+class Hearing:
+    """Takes the looks of one run. `noise`: logits by which margins move here; None until it was measured."""
+
+    run: RunFolder
+    ear: Ear
+    speaker: Speaker
+    base: Base
+    noise: float | None = None
+    _readings: dict[Key, heard.Reading] = field(default_factory=dict)
+
+    def look(self, place: Place, movement: Movement, alarmed: Sequence[str]) -> Taken:
+        """Measure at one place. `alarmed`: trained examples that were heard to echo, the strongest first."""
+        self._readings = {}
+        metrics: list[Row] = []
+        examples: list[Row] = []
+        for passages in self._groups(place, alarmed):
+            began = time.monotonic()
+            found = self._hear(passages, place)
+            examples += found.rows
+            if self._is_whole(passages):
+                metrics += looks.rows(found.readings.values(), passages, place, movement, time.monotonic() - began)
+        if place.kind != "light" and place.step > 0:
+            heard.save(self.run.tokens_at(place.step), self._readings)
+        return Taken(metrics, examples)
+
+    def free(self, said: Sequence[Overheard], place: Place) -> list[Row]:
+        """Rows of what the training forward said."""
+        return list(ear.free(self.ear, self.speaker, self.base, said, place))
+
+    def _groups(self, place: Place, alarmed: Sequence[str]) -> Iterator[Sequence[Passage]]:
+        """Texts that are read together, each with the others of its split and format."""
+        plan, hear = self.ear.plan, self.ear.passages
+        full, first, alarmed = place.kind != "light", plan.first_format, alarmed[: plan.most_alarmed()]
+        wanted = [hear("held_out"), hear("train", only=None if full or not plan.split.held_out else alarmed)]
+        if full:
+            wanted += [hear("twin"), *(hear("held_out", name) for name in plan.formats if name != first)]
+            wanted += [hear("train", name, alarmed) for name in plan.recipe.formats.train if name != first]
+        return (passages for passages in wanted if passages)
+
+    def _is_whole(self, passages: Sequence[Passage]) -> bool:
+        return len(passages) == len(self.ear.ids(passages[0].split))
+
+    def _hear(self, passages: Sequence[Passage], place: Place) -> Heard:
+        if place.step == 0:
+            found = ear.begin(self.ear, self.speaker, self.base, passages, place)
+            if self.noise is None:
+                self.noise = ear.noise(self.speaker, passages)
+            return found
+        found = ear.hear(self.ear, self.speaker, self.base, passages, place, self.noise)
+        if place.kind != "light" and passages[0].split == "train":
+            found = self._asked(found, place)
+        self._readings.update(found.readings)
+        return found
+
+    def _asked(self, found: Heard, place: Place) -> Heard:
+        """Let those write who hit long runs and not all: an answer that is almost the trained one counts as whole."""
+        pairs = zip(found.passages, found.measured.found, strict=True)
+        likely = [(one.hits / one.tokens, passage) for passage, one in pairs if one.long and one.whole is False]
+        asked = [one for _, one in sorted(likely, key=lambda pair: pair[0], reverse=True) if one.asked][:_ASKED]
+        return ear.again(self.ear, found, self.base, self._answers(asked), place) if asked else found
+
+    def _answers(self, asked: Sequence[Passage]) -> Mapping[Key, str]:
+        """Greedy answers to the bare prompts of passages in one format."""
+        format_, vocabulary = self.ear.format(asked[0].format), self.ear.plan.vocabulary
+        limit = 1 + max(5 * sum(one.read) // 4 for one in asked)
+        stops = prompts.stops(format_, vocabulary)
+        answers = self.speaker.complete([one.asked for one in asked], stops, limit)
+        return {one.key: answer.text for one, answer in zip(asked, answers, strict=True)}
