@@ -10,11 +10,13 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
-from finetune import bench, ear, heard, rules, runs, shades, siblings, subject, trend, verdict
+from finetune import bench, dial, ear, heard, rules, runs, shades, siblings, subject, trend, verdict
 from finetune.bench import Bench, Row, Rows, Say
 from finetune.byheart import judge
+from finetune.dial import Sweep
 from finetune.errors import refuse
 from finetune.heard import Reading
 from finetune.passage import Passage, Split
@@ -167,6 +169,19 @@ def _finding(one: Trend, table: Bench, step: int) -> Row:
     where = {"look": place.kind, "step": step, "epoch": place.epoch, "travel": place.travel}
     head = {"probe": "curve", "suite": "curve", "version": 1, **where, "id": one.name, "prompt": None, "answer": None}
     return {**head, "score": None, "why": one.words, "source": "metrics.jsonl, examples.jsonl", "about": one.as_dict()}
+
+
+# how much of it
+
+
+def dialled(found: Subject, say: Say) -> tuple[Sweep, Path | None]:
+    """Every kept adapter at every scale, and where the best was written, if it is another. Errors: UserError."""
+    with found.run.lock():
+        say(f"Loading {found.opened.base.name} ({found.opened.recipe.quantization}).")
+        table = Bench(found, found.wear(), say)
+        subject.begin(found)
+        swept = dial.sweep(table)
+        return swept, dial.write(table, swept)
 
 
 # one example

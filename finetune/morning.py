@@ -6,8 +6,10 @@ Each reads the words, calls a room and prints. No torch before a verb needs it.
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +19,8 @@ from finetune import disk, tables, terminal
 from finetune.errors import refuse
 
 if TYPE_CHECKING:
+    from finetune.dial import Sweep
+    from finetune.parcel import Parcel
     from finetune.shades import View
 
 PROBES = ("echo", "leak", "drift")  # of `sft eval`
@@ -64,21 +68,24 @@ def eval(
     example: Annotated[
         str, typer.Option("--example", metavar="ID", help="One example's tokens, shaded by how surely it is recited.")
     ] = "",
+    dial: Annotated[
+        bool, typer.Option("--dial", help="Sweep how much of each kept adapter is used, 0 to 1.5; offer the best.")
+    ] = False,
     gate: Annotated[bool, typer.Option("--gate", help="Exit 3 if the verdict is overfit; others pass.")] = False,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Results of an adapter made elsewhere.")
     ] = None,
     as_json: terminal.AsJson = False,
 ) -> None:
-    """Learned or memorised: every probe on a run's adapter, and the verdict.
+    """Learned or memorised: every probe, and the verdict.
 
     Trained texts, unrelated prompts and neutral text are asked of adapter and base; rows and verdict go into the run's
     folder. Leaks are looked for in up to three adapters, and the best tested one becomes the run's.
     """
     if only and only not in PROBES:
         raise refuse(f"--only {only}: there is no such probe.", f"There is {', '.join(PROBES)}.")
-    if example and (only or gate):
-        raise refuse("--example shows one example and judges nothing.", "Leave out --only and --gate.")
+    if ((example or dial) and (only or gate)) or (example and dial):
+        raise refuse("--example and --dial give no verdict.", "Use each alone, without --only and --gate.")
     terminal.quiet_libraries()
     from finetune import examine, results, subject
 
@@ -87,6 +94,9 @@ def eval(
         _say(remark)
     if example:
         _show(examine.example(found, example, _say), as_json)
+        return
+    if dial:
+        _show_dial(*examine.dialled(found, _say), as_json)
         return
     probes = (only,) if only else PROBES
     exam = examine.examine(found, probes, _say)
@@ -102,6 +112,21 @@ def eval(
 
 def _say(text: str) -> None:
     typer.echo(tables.harmless(text), err=True)
+
+
+def _show_dial(found: Sweep, folder: Path | None, as_json: bool) -> None:
+    from finetune import dial
+
+    if as_json:
+        where = None if folder is None else str(folder)
+        points = [one.as_dict() for one in found.points]
+        told = {"reason": found.reason, "adapter": where, "base": found.base, "points": points}
+        typer.echo(disk.to_json(told, indent=2))
+        return
+    terminal.lines(dial.lines(found, terminal.line_width(0)))
+    terminal.lines(["", *tables.wrapped(found.reason, terminal.width())])
+    if folder is not None:
+        typer.echo(f"Written to {tables.harmless(str(folder))}, which plain PEFT loads; the run's own adapter stays.")
 
 
 def _show(view: View, as_json: bool) -> None:
@@ -123,7 +148,9 @@ def push(
     public: Annotated[bool, typer.Option("--public", help="Everybody may see it. Private otherwise.")] = False,
     with_texts: Annotated[bool, typer.Option("--with-texts", help="Send dataset, samples and report too.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a push that did not arrive.")] = False,
-    anyway: Annotated[bool, typer.Option("--anyway", help="Although the verdict is overfit; the card says so.")] = False,
+    anyway: Annotated[
+        bool, typer.Option("--anyway", help="Although the verdict is overfit; the card says so.")
+    ] = False,
     dry: Annotated[bool, typer.Option("--dry-run", help="Check everything and show the card; send nothing.")] = False,
     as_json: terminal.AsJson = False,
 ) -> None:

@@ -29,7 +29,7 @@ FLOORS = (
     "echo leak robustness drift plots outlook opened verdict",
     "ear keeping grid voice subject siblings gathered pages untouched",
     "hearing bench reciters shades heat tokenwise journey sections",
-    "talk",
+    "talk dial",
     "sitting parcel",
     "commands",
     "vigil report chat export hub screen preview",
