@@ -45,8 +45,8 @@ class Moved:
 
     @property
     def share(self) -> float | None:
-        """The upper bound of the change as a share of the base's mean: what a cut is fitted to."""
-        return None if self.change is None or self.base == 0 else self.change.high / abs(self.base)
+        """The change as a share of the base's mean: what a cut is fitted to."""
+        return None if self.change is None or self.base == 0 else self.change.value / abs(self.base)
 
 
 @dataclass(frozen=True)

@@ -154,7 +154,8 @@ def _row(line: str, path: Path, number: int) -> dict[str, str]:
 def fit(changes: Iterable[Mapping[Axis, float]]) -> dict[Axis, float]:
     """Cuts from looks of healthy runs: for each axis the largest change, as a share of the base's, and a quarter more.
 
-    `changes`: a mapping a look, from axis to upper bound of the mean change / |mean of the base|. ValueError of none.
+    `changes`: a mapping a look, from axis to mean change / |mean of the base|. An alarm needs the lower bound above the
+    cut, so that chance is not counted twice. ValueError of nothing.
     """
     seen: Sequence[Mapping[Axis, float]] = list(changes)
     axes = [axis for axis in AXES if any(axis in one for one in seen)]
