@@ -23,11 +23,55 @@ from finetune.passage import Key, Passage
 from finetune.plan import Plan
 from finetune.runs import RunFolder
 
-WORDS = (
-    "harbour kettle orchard winter lantern ladder neighbour bread violin tram quiet storm pocket river candle wall "
-    "honest early never almost behind under carry mend borrow forget answer promise travel listen window garden salt "
-    "stone letter market copper engine shadow corner basket whistle thread pepper silver marble timber"
-).split()
+WORDS = [
+    "harbour",
+    "kettle",
+    "orchard",
+    "winter",
+    "lantern",
+    "ladder",
+    "neighbour",
+    "bread",
+    "violin",
+    "tram",
+    "quiet",
+    "storm",
+    "pocket",
+    "river",
+    "candle",
+    "wall",
+    "honest",
+    "early",
+    "never",
+    "almost",
+    "behind",
+    "under",
+    "carry",
+    "mend",
+    "borrow",
+    "forget",
+    "answer",
+    "promise",
+    "travel",
+    "listen",
+    "window",
+    "garden",
+    "salt",
+    "stone",
+    "letter",
+    "market",
+    "copper",
+    "engine",
+    "shadow",
+    "corner",
+    "basket",
+    "whistle",
+    "thread",
+    "pepper",
+    "silver",
+    "marble",
+    "timber",
+]
 HOSTILE = (
     "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
     "<svg onload=\"document.title='owned'\"></textarea>]]>&amp;{{7*7}}${7*7}"
@@ -36,7 +80,7 @@ HOSTILE = (
 
 @dataclass(frozen=True)
 class Shape:
-    """How large, and how. `looks`: epochs; every tenth of them, the first and the last are full. `pace`: of learning."""
+    """How large. `looks`: epochs; every tenth of them, the first and the last are full. `pace`: of learning."""
 
     examples: int = 16
     epochs: int = 60
