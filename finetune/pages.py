@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from finetune.plots import Picture
 
@@ -61,8 +61,15 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         finalize=_shown,
     )
-    filters = {"number": number, "signed": signed, "percent": percent, "small": small, "duration": duration}
-    found.filters.update({**filters, "svg": _svg, "packed": packed})
+    filters = {
+        "plain": plain,
+        "number": number,
+        "signed": signed,
+        "percent": percent,
+        "small": small,
+        "duration": duration,
+    }
+    found.filters.update({**filters, "svg": _svg, "code": code, "packed": packed})
     return found
 
 
@@ -90,12 +97,24 @@ def _svg(picture: Picture) -> Markup:
     return Markup(picture.svg)
 
 
+def code(text: str) -> Markup:
+    """Escaped, with what stands between backticks as code."""
+    parts = harmless(text).split("`")
+    told = (Markup("<code>{}</code>").format(part) if i % 2 else escape(part) for i, part in enumerate(parts))
+    return Markup("").join(told)
+
+
 # numbers
 
 
 def number(value: float | None, digits: int = 3) -> str:
     """With so many decimals; what was not measured is a dash, never 0."""
     return NONE if value is None or not math.isfinite(value) else f"{value:,.{digits}f}".replace("-", "−")
+
+
+def plain(value: float | None) -> str:
+    """Epochs: 12 or 12.5."""
+    return NONE if value is None or not math.isfinite(value) else f"{value:.6g}"
 
 
 def signed(value: float | None, digits: int = 3) -> str:

@@ -51,7 +51,7 @@ class Writer:
         found = heat.heat(run)
         course, formats, drift = journey.picture(run), sections.formats(run), sections.drift(run)
         pictures = [one for _, _, one in course["drawn"]] if course else []
-        pictures += [formats["picture"]] if formats and formats["picture"] else []
+        pictures += [one for _, one in formats["drawn"]] if formats else []
         pictures += [one for _, one in drift["drawn"]] if drift else []
         about = {
             "verdict": sections.verdict(run),

@@ -116,8 +116,9 @@ def formats(run: Run) -> About | None:
         for name, title in _GROUPS.items()
         if any(one.group == name for one in found.standings)
     ]
-    drawn = intervals("formats", groups, "gain over the base, bits per byte", 560)
-    return {"found": found, "epoch": epoch, "picture": drawn, "titles": _GROUPS, "plain": ()}
+    unit = "gain over the base, bits per byte"
+    drawn = [(width, intervals(f"formats{width}", groups, unit, width)) for width in (600, NARROW)]
+    return {"found": found, "epoch": epoch, "drawn": drawn, "titles": _GROUPS, "plain": ()}
 
 
 def _plain_formats(run: Run) -> About | None:
@@ -130,7 +131,7 @@ def _plain_formats(run: Run) -> About | None:
         if later:
             plain.append({"name": name, "base": both.get(0), "now": both[max(later)], "group": _gauge(name, run).group})
     plain.sort(key=lambda one: (one["base"] or one["now"]) - one["now"])
-    return {"found": None, "plain": plain, "titles": _GROUPS, "picture": None, "epoch": None} if plain else None
+    return {"found": None, "plain": plain, "titles": _GROUPS, "drawn": (), "epoch": None} if plain else None
 
 
 def _gauge(name: str, run: Run) -> _Gauge:
@@ -184,7 +185,7 @@ def leaks(run: Run) -> About | None:
 
 def drift(run: Run) -> About | None:
     """Each axis beside its base, over the looks; facts and manner of answers; answers in a foreign script."""
-    summary = forgotten.summary(run.findings)
+    summary = forgotten.summary(run.findings, run.chosen) or forgotten.summary(run.findings)
     if summary is None:
         return None
     own = [row for row in run.findings if row["probe"] == "drift" and row["step"] == summary.step]

@@ -87,17 +87,14 @@
     const place = make("p", "dim", one.place + (one.split === "train" ? "" : " · held out"));
     reader.replaceChildren(head, place, make("p", "said", one.asked));
     if (one.looks.length) {
-      reader.append(make("p", "dim", "Darker: likelier. Underlined: the model's first choice, so greedy decoding writes it. Grey: house style, not counted."
-        + (one.first ? " Framed: what was recited first, at epoch " + one.first[2] + "." : "")));
+      reader.append(make("p", "dim", "Stronger colour: likelier. Underlined: the model's first choice, so greedy decoding writes it. Grey: house style, not counted."
+        + (one.first ? " Between lines: what was recited first, at epoch " + one.first[2] + "." : "")));
       const sides = make("div", "sides");
-      for (const [epoch, levels] of one.looks) {
+      const told = one.looks.map(([epoch, levels]) => ["the adapter at epoch " + epoch, one, levels]);
+      if (one.base) told.splice(1, 0, ["the base", { ...one, first: null }, one.base]);
+      for (const [name, as, levels] of told) {
         const side = make("div");
-        side.append(make("h3", "", "the adapter at epoch " + epoch), coloured(one, levels));
-        sides.append(side);
-      }
-      if (one.base) {
-        const side = make("div");
-        side.append(make("h3", "", "the base"), coloured({ ...one, first: null }, one.base));
+        side.append(make("h3", "", name), coloured(as, levels));
         sides.append(side);
       }
       reader.append(sides);
