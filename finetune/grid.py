@@ -147,7 +147,7 @@ def _apart(found: Robustness) -> Iterator[str]:
 
 
 def _kinds(found: Robustness) -> Iterator[str]:
-    kinds = found.kinds if len(found.kinds) > 1 else ()
+    kinds = found.by_kind if len(found.by_kind) > 1 else ()
     for one in kinds:
         trained, held_out = (_bounds(gain) if gain else "not resolvable" for gain in (one.trained, one.held_out))
         yield f"Gain on {one.n} {one.name} examples: {trained} in trained formats, {held_out} in untouched ones."
@@ -204,7 +204,7 @@ def _three(found: Robustness, greedy: Sequence[Reply]) -> list[str]:
     """Worst by what was kept; formats that were asked for answers alone."""
     asked = {one.format for one in greedy}
     ranked = [one for one in found.transfer.standings if one.format in asked]
-    first = next((one.name for one in found.gauges if one.name in asked), None)
+    first = next((one.name for one in found.formats if one.name in asked), None)
     worst = {group: next((one.format for one in ranked if one.group == group), None) for group in GROUPS}
     chosen = [first, worst["own"], worst["held_out"], worst["near"], worst["sampled"], worst["trained"]]
     return [*dict.fromkeys(name for name in chosen if name)][:3]
@@ -233,8 +233,10 @@ def document(found: Robustness) -> dict[str, Any]:
         "headlines": whole.headlines,
         "spreads": whole.spreads,
         "sides": found.sides,
-        "apart": found.apart,
-        "kinds": found.kinds,
+        "apart": [
+            {"format": one.format, "tuned": one.tuned, "base": one.base, "lost": one.lost} for one in found.apart
+        ],
+        "kinds": found.by_kind,
         "answers": tallies,
         "consistency": found.consistency,
         "words": words(found),

@@ -128,13 +128,23 @@ def sheet(some: Iterable[Text], cells: Mapping[str, Cell]) -> Sheet:
 
 @dataclass(frozen=True)
 class Apart:
-    """KL(first trained format || this one) along the same answer, nats a token; `lost`: tuned - base over examples."""
+    """KL(first trained format || this one) along the same answer, nats a token: (tuned, base) of each example."""
 
     format: str
-    n: int
-    tuned: float
-    base: float
-    lost: Interval | None
+    pairs: tuple[tuple[float, float], ...]
+
+    @property
+    def tuned(self) -> float:
+        return fmean(pair[0] for pair in self.pairs)
+
+    @property
+    def base(self) -> float:
+        return fmean(pair[1] for pair in self.pairs)
+
+    @property
+    def lost(self) -> Interval | None:
+        """Tuned - base, over examples."""
+        return chance.mean([tuned - base for tuned, base in self.pairs])
 
 
 def apart(speaker: Reads, some: Sequence[Text], first: str, kept: dict[str, Cell]) -> list[Apart]:
@@ -147,11 +157,8 @@ def apart(speaker: Reads, some: Sequence[Text], first: str, kept: dict[str, Cell
             (by[first, example], one) for (of, example), one in by.items() if of == name and (first, example) in by
         ]
         both = [(_kl(speaker, *pair), _base_kl(speaker, *pair, kept)) for pair in pairs]
-        known = [(tuned, base) for tuned, base in both if tuned is not None and base is not None]
-        if known:
-            tuned, base = ([pair[side] for pair in known] for side in (0, 1))
-            lost = chance.mean([a - b for a, b in known])
-            found.append(Apart(name, len(known), fmean(tuned), fmean(base), lost))
+        known = tuple((tuned, base) for tuned, base in both if tuned is not None and base is not None)
+        found += [Apart(name, known)] if known else []
     return found
 
 

@@ -7,7 +7,7 @@ nothing of its own: what is asked is what a client sends.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -213,26 +213,3 @@ def consistency(replies: Iterable[Reply]) -> Consistency:
         if one.draw:
             draws[one.example, one.format].append(one.text)
     return likeness.consistency(draws)
-
-
-def findings(replies: Iterable[Reply], version: int, step: int) -> Iterator[Mapping[str, Any]]:
-    """Rows for findings.jsonl, one an answer. `score` 1: it ended rightly, is built like the house, leaks nothing."""
-    for one in replies:
-        good = one.outcome == "ended" and not one.leaks and one.in_house is not False
-        yield {
-            "probe": "formats",
-            "suite": "formats",
-            "version": version,
-            "step": step,
-            "prompt": one.question,
-            "answer": one.text,
-            "score": float(good),
-            "why": one.why,
-            "source": one.example,
-            "format": one.format,
-            "group": one.group,
-            "outcome": one.outcome,
-            "leaks": list(one.leaks),
-            "base": one.base,
-            "draw": one.draw,
-        }

@@ -20,7 +20,7 @@ from finetune.chance import Interval
 from finetune.conversation import Conversation
 from finetune.format import Format
 from finetune.likeness import Consistency
-from finetune.lineup import Gauge, Suite
+from finetune.lineup import Gauge, Group, Suite
 from finetune.plan import Plan
 from finetune.reach import Apart
 from finetune.replies import Judge, Reply, Tally
@@ -44,23 +44,51 @@ class Kind:
 
 
 @dataclass(frozen=True)
+class Known:
+    """A measured format by name: see lineup.Gauge. `side`: equal for two that send the same first question."""
+
+    name: str
+    group: Group
+    family: str
+    of: str
+    side: str
+
+
+@dataclass(frozen=True)
 class Robustness:
     """All that was found. `sides`: different prompt sides of each untouched family. Without answers `replies` is empty.
 
-    `replies`: the adapter's greedy ones, its draws (`draw` from 1) and the base's greedy ones (`base`).
+    `formats`: all that was measured, in the order of the lineup. `tuned`, `base`: what was read of each example.
+    `kinds`: of every held-out example. `replies`: the adapter's greedy ones, its draws (`draw` from 1), and the base's
+    greedy ones (`base`).
     """
 
     suite: Suite
     step: int
-    gauges: tuple[Gauge, ...]
-    transfer: Transfer
+    formats: tuple[Known, ...]
+    tuned: Sheet
+    base: Sheet
     apart: tuple[Apart, ...]
-    kinds: tuple[Kind, ...]
+    kinds: Mapping[str, str]
     replies: tuple[Reply, ...]
+
+    @cached_property
+    def transfer(self) -> Transfer:
+        return transfer.transfer(self.tuned, self.base, self.formats, self.suite.chance, self.suite.standard_errors)
 
     @property
     def sides(self) -> Mapping[str, int]:
-        return lineup.distinct_prompts(self.gauges)
+        """How many different prompt sides of each untouched family were measured."""
+        found: dict[str, set[str]] = {}
+        for one in self.formats:
+            if one.group == "held_out":
+                found.setdefault(one.family, set()).add(one.side)
+        return {family: len(some) for family, some in found.items()}
+
+    @cached_property
+    def by_kind(self) -> tuple[Kind, ...]:
+        """Kinds of examples that there are."""
+        return tuple(_kinds(self.tuned, self.base, self.formats, self.kinds))
 
     @property
     def consistency(self) -> Consistency:
@@ -119,10 +147,11 @@ def measure(
     return Robustness(
         suite=wanted,
         step=step,
-        gauges=tuple(gauges),
-        transfer=transfer.transfer(tuned, base, gauges, wanted.chance, wanted.standard_errors),
+        formats=tuple(Known(one.name, one.group, one.family, one.of, lineup.side(one.format)) for one in gauges),
+        tuned=tuned,
+        base=base,
         apart=tuple(between),
-        kinds=tuple(_kinds(tuned, base, gauges, kinds)),
+        kinds=kinds,
         replies=tuple(_written(speaker, plan, gauges, wanted, kinds)) if write else (),
     )
 
@@ -169,10 +198,10 @@ def kinds_of(plan: Plan, long: float) -> dict[str, str]:
     return found
 
 
-def _kinds(tuned: Sheet, base: Sheet, gauges: Sequence[Gauge], kinds: Mapping[str, str]) -> Iterable[Kind]:
+def _kinds(tuned: Sheet, base: Sheet, formats: Sequence[Known], kinds: Mapping[str, str]) -> Iterable[Kind]:
     for kind in (SINGLE, TURNS, LONG):
         names = [name for name, of in kinds.items() if of == kind]
-        sides = [_gain(tuned, base, [one.name for one in gauges if one.group == group], names)
+        sides = [_gain(tuned, base, [one.name for one in formats if one.group == group], names)
                  for group in ("trained", "held_out")]  # fmt: skip
         if names:
             yield Kind(kind, len(names), *sides)

@@ -31,7 +31,7 @@ FLOORS = (
     "reach replies",
     "echo leak robustness drift plots outlook opened verdict",
     "ear keeping grid minutes voice subject siblings gathered pages untouched",
-    "hearing bench reciters shades heat tokenwise journey sections",
+    "hearing bench reciters shades heat tokenwise journey sections sidebyside",
     "talk dial",
     "sitting parcel",
     "commands",

@@ -30,9 +30,9 @@ def test_every_format_is_measured_once_and_every_prompt_side_of_strangers_too() 
 
 
 def test_the_shipped_recipe_is_measured_in_fifteen_prompt_sides_of_five_untouched_families() -> None:
-    sides = lineup.distinct_prompts(WHOLE)
-    assert len(sides) >= 5
-    assert sum(sides.values()) >= 15
+    strangers = [one for one in WHOLE if one.group == "held_out"]
+    assert len({one.family for one in strangers}) >= 5
+    assert len({lineup.side(one.format) for one in strangers}) == len(strangers) >= 15
     groups = Counter(one.group for one in WHOLE)
     assert groups["sampled"] == SUITE.sampled >= 40
     assert groups["slip"] >= 10

@@ -12,7 +12,7 @@ import pytest
 import small
 import tiny
 
-from finetune import disk, grid, lineup, plan, prompts, reach, recipe, replies, robustness
+from finetune import disk, grid, lineup, minutes, plan, prompts, reach, recipe, replies, robustness
 from finetune.lineup import Gauge
 from finetune.masks import Vocabulary
 from finetune.model import POCKET
@@ -88,7 +88,7 @@ def test_formats_lie_apart_as_two_passes_say(made: Plan, speaker: Speaker) -> No
     some = texts(made, "chatml", "xml-tags")
     kept: dict[str, Any] = {}
     (found,) = reach.apart(speaker, some, "chatml", kept)
-    assert (found.format, found.n) == ("xml-tags", len(made.split.held_out))
+    assert (found.format, len(found.pairs)) == ("xml-tags", len(made.split.held_out))
     pairs = [
         (one, other) for one in some for other in some if one.format < other.format and one.example == other.example
     ]
@@ -206,10 +206,6 @@ def test_tallies_count_every_answer_once(made: Plan) -> None:
     assert one.stop.value == 0.25
     assert replies.by(found, "format") == {"chatml": one}
     assert replies.tally([]).stop is None
-    rows = list(replies.findings(found, 1, 7))
-    assert [row["score"] for row in rows[:4]] == [1.0, 0.0, 0.0, 0.0]
-    assert {"probe", "suite", "version", "step", "prompt", "answer", "score", "why", "source"} <= rows[0].keys()
-    json.dumps(rows)
 
 
 # --- all of it
@@ -223,7 +219,7 @@ def found(made: Plan, speaker: Speaker) -> Robustness:
 
 def test_every_format_of_the_lineup_is_measured(made: Plan, found: Robustness) -> None:
     groups = {one.format: one.group for one in found.transfer.standings}
-    assert groups.keys() == {one.name for one in found.gauges}
+    assert groups.keys() == {one.name for one in found.formats}
     assert {groups[name] for name in ("chatml", "zephyr", "llama-3", "mine", "chatml~blank-line")} == {
         "trained", "held_out", "near", "own", "slip",
     }  # fmt: skip
@@ -275,6 +271,22 @@ def test_the_words_name_the_worst_format_and_the_goals(found: Robustness) -> Non
     document = json.loads(disk.to_json(grid.document(found)))
     assert document["formats"][0]["format"] == found.transfer.standings[0].format
     assert document["words"] == grid.words(found)
+
+
+def test_rows_of_a_run_folder_say_all_of_it(found: Robustness) -> None:
+    rows = [json.loads(disk.to_json(row)) for row in minutes.rows(found)]
+    again = minutes.read(rows, SUITE, found.step)
+    assert again == found
+    assert again.transfer == found.transfer
+    assert grid.table(again) == grid.table(found)
+    assert grid.words(again) == grid.words(found)
+    assert all(
+        {"probe", "suite", "version", "step", "prompt", "answer", "score", "why", "source"} <= row.keys()
+        for row in rows
+    )
+    good = [row["score"] for row in rows if row["of"] == "answer"]
+    assert good == [float(one.why == "ended where an answer of this format ends") for one in found.replies]
+    assert minutes.read(rows, SUITE, found.step + 1) is None
 
 
 def test_nothing_held_out_is_told_as_not_measured(made: Plan, speaker: Speaker) -> None:
