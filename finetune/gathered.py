@@ -120,11 +120,13 @@ class Run:
 
     @cached_property
     def looks(self) -> list[Look]:
-        """Those of the run, the base's first; closing measurements are not among them."""
+        """Those of the run, the base's first, without closing measurements; of an adapter alone, what was measured."""
         rows: dict[int, Row] = {}
         for row in self.metrics:
-            if row["kind"] == "look" and row["look"] != "closing":
+            if row["kind"] == "look" and (row["look"] != "closing" or self.elsewhere):
                 rows[int(row["step"])] = row
+        for row in self.examples if self.elsewhere else ():
+            rows.setdefault(int(row["step"]), {**row, "look": "full"})
         losses = dict(self._losses(sorted(rows)))
         return [
             Look(step, float(row["epoch"]), float(row["travel"]), row["look"] == "full", losses[step])
@@ -233,12 +235,13 @@ def _at(settings: Mapping[str, Any], *keys: str) -> Any:
 
 
 def read(folder: Path | str, verdicts: Mapping[int, str] | None = None) -> Run:
-    """A run folder, or an adapter's. `verdicts`: the word on each look where they are known, by step.
+    """A run folder, an adapter's, or one that `sft eval` wrote about an adapter. `verdicts`: known words, by step.
 
     Errors: UserError where the folder is neither, or where a file of it is damaged.
     """
     run = RunFolder(folder)
-    if not run.run_json.is_file() and not (run.path / "adapter_config.json").is_file():
+    marks = (run.run_json, run.path / "adapter_config.json", run.path / "eval.json")
+    if not any(one.is_file() for one in marks):
         raise refuse("is no run and no adapter.", "Name a folder that `sft train` wrote, such as runs/mine.", run.path)
     settings = yamlfile.read(run.recipe).data if run.recipe.is_file() else {}
     return Run(

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from finetune.parcel import Parcel
     from finetune.shades import View
 
-PROBES = ("echo", "leak", "drift")  # of `sft eval`
+PROBES = ("echo", "leak", "formats", "drift")  # of `sft eval`
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")]
 
 
@@ -196,8 +196,42 @@ def _show_parcel(made: Parcel, as_json: bool) -> None:
     typer.echo(tables.harmless(items[0].bytes().decode()))
 
 
+def report(
+    folders: Annotated[list[Path], typer.Argument(metavar="RUN...", help="A run; two or more are compared.")],
+    show: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Where the page goes; else RUN/report.html.")
+    ] = None,
+    without_texts: Annotated[
+        bool, typer.Option("--without-texts", help="No training text, no answers, no paths: a page to hand on.")
+    ] = False,
+    as_json: terminal.AsJson = False,
+) -> None:
+    """One self-contained page about a run, or about several side by side.
+
+    Needs no server and no network. `sft train` writes it at every look; of an adapter made elsewhere it says what can
+    be said.
+    """
+    from finetune import report as page
+    from finetune import sidebyside
+
+    if len(folders) == 1:
+        path = page.Writer(folders[0]).write(to=out, texts=not without_texts)
+    elif without_texts:
+        raise refuse("--without-texts is for one run.", "A comparison shows no texts anyway.")
+    else:
+        path = sidebyside.write(folders, out)
+    if as_json:
+        typer.echo(json.dumps({"page": str(path), "bytes": path.stat().st_size}, indent=2))
+    else:
+        typer.echo(f"Wrote {tables.harmless(str(path))}, {path.stat().st_size / 2**20:.1f} MiB")
+    if show and typer.launch(path.resolve().as_uri()) != 0:
+        raise refuse("no browser could be opened.", "Open the file yourself.", path)
+
+
 VERBS: tuple[tuple[Callable[..., Any], str], ...] = (  # (verb, example)
     (eval, "sft eval runs/quickstart --only echo"),
+    (report, "sft report runs/quickstart --open"),
     (chat, "sft chat runs/quickstart --format alpaca"),
     (push, "sft push runs/quickstart --to me/quickstart-lora"),
 )

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+PAINTS = ("train", "held", "twin", "steps", "run4", "run5")  # of runs side by side, in this order
 WIDE, NARROW = 940, 370  # CSS pixels: a desk, a telephone
 # stand-ins that the page's style sheet gives their colours, light and dark
 _PAINT = {
@@ -21,8 +22,9 @@ _PAINT = {
     "#050502": "watch", "#050503": "overfit", "#050504": "undertrained", "#050505": "underpowered",
 }  # fmt: skip
 _COLOUR = {name: colour for colour, name in _PAINT.items()}
-_MARKS = {"train": "o", "held": "s", "twin": "^", "base": "", "steps": "", "run4": "D", "run5": "v"}
+_MARKS = {"train": "o", "held": "s", "twin": "^", "base": "", "steps": "d", "run4": "D", "run5": "v"}
 _DASHES: Mapping[str, Any] = {"base": (0, (1, 2)), "twin": (0, (5, 2)), "run4": (0, (3, 1, 1, 1))}
+_COLUMNS = {True: 2, False: 6}  # of a legend; narrow or not
 _STYLE = re.compile(r' style="([^"]*)"')
 _ID = re.compile(r'<g id="[^"]*"')
 _FONT = re.compile(r"font: ([\d.]+)px [^;]+")
@@ -101,9 +103,10 @@ def course(
     """Panels above each other over one axis, `width` CSS pixels wide. `falling`: the axis runs from high to low."""
     with _quietly():
         narrow = width < 600
-        heights = [*(190 if narrow else 230 for _ in panels), *([34] if strip.verdicts or strip.looks else [])]
-        figure = _figure(width, sum(heights) + 60 * len(panels) + 20)
-        axes = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights, squeeze=False)[:, 0]
+        heights = [*(180 if narrow else 220 for _ in panels), *([34] if strip.verdicts or strip.looks else [])]
+        heads = [_legend_lines(panel, narrow) * 17 + 12 for panel in panels]
+        axes = _stacked(width, heights, [*heads, 10])
+        figure = axes[0].figure
         for axis, panel in zip(axes, panels, strict=False):
             _panel(axis, panel, narrow)
         if len(heights) > len(panels):
@@ -122,9 +125,10 @@ def course(
 def intervals(name: str, groups: Sequence[tuple[str, Sequence[Bar]]], unit: str, width: int) -> Picture:
     """Values below one another, each with its bounds; groups are set apart by a heading."""
     with _quietly():
-        rows = [one for head, bars in groups if bars for one in (head, *bars)]
-        figure = _figure(width, 26 * len(rows) + 62)
-        axis = figure.subplots()
+        rows: list[str | Bar] = [one for head, bars in groups if bars for one in (head, *bars)]
+        left = 12 + 6.6 * max((len(one.label if isinstance(one, Bar) else one) for one in rows), default=0)
+        (axis,) = _stacked(width, [26 * len(rows)], [8], left=min(left, width / 2))
+        figure = axis.figure
         for y, one in enumerate(rows):
             if isinstance(one, Bar):
                 _bar(axis, y, one)
@@ -161,9 +165,9 @@ def _panel(axis: Any, panel: Panel, narrow: bool) -> None:
     axis.set_axisbelow(True)
     if panel.share:
         axis.set_ylim(bottom=0)
-        axis.yaxis.set_major_formatter(lambda y, _: f"{y:.0%}" if axis.get_ylim()[1] > 0.06 else f"{y:.1%}")
+        axis.yaxis.set_major_formatter(lambda y, _: f"{100 * y:.3g} %")
     if axis.get_legend_handles_labels()[0]:
-        columns = 2 if narrow else 4
+        columns = _COLUMNS[narrow]
         where: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, 1.0), "borderaxespad": 0.3}
         kept = axis.legend(ncols=columns, frameon=False, fontsize=10, handlelength=2.2, columnspacing=1.2, **where)
         for text in kept.get_texts():
@@ -189,7 +193,7 @@ def _curve(axis: Any, one: Curve, narrow: bool) -> None:
 
 def _strip(axis: Any, strip: Strip) -> None:
     """Verdicts as bands with their names, looks as ticks above them: tall ones are full."""
-    for begin, end, word in strip.verdicts:
+    for begin, end, word in _joined(strip.verdicts):
         axis.axvspan(begin, end, 0, 0.62, facecolor=_COLOUR.get(word, _COLOUR["base"]), edgecolor=_COLOUR["paper"])
     for number, full in enumerate((False, True)):
         some = [x for x, kind in strip.looks if kind is full]
@@ -232,10 +236,25 @@ class _quietly(warnings.catch_warnings):
         super().__exit__(*about)
 
 
-def _figure(width: int, height: int) -> Any:
+def _stacked(width: int, heights: Sequence[int], heads: Sequence[int], left: float = 60) -> list[Any]:
+    """Axes below one another, sizes in pixels, over one x; `heads`: room above each. Layout engines cost more time."""
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width / 72, height / 72), dpi=72, layout="constrained")
+    whole = sum(heights) + sum(heads[: len(heights)]) + 44
+    figure = Figure(figsize=(width / 72, whole / 72), dpi=72)
+    axes: list[Any] = []
+    top = whole
+    for height, head in zip(heights, heads, strict=False):
+        top -= head + height
+        place = (left / width, top / whole, (width - left - 14) / width, height / whole)
+        axes.append(figure.add_axes(place, sharex=axes[0] if axes else None))
+    for axis in axes[:-1]:
+        axis.tick_params(labelbottom=False)
+    return axes
+
+
+def _legend_lines(panel: Panel, narrow: bool) -> int:
+    return -(-(len(panel.curves) + (panel.level is not None)) // _COLUMNS[narrow])
 
 
 def _drawn(figure: Any, name: str) -> Picture:

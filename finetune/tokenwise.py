@@ -39,6 +39,7 @@ class Texts:
     vocabulary: Vocabulary
     formulas: Mapping[str, tuple[Bools, ...]]
     _formats: dict[str, Any] = field(default_factory=dict)
+    _known: dict[tuple[str, str], tuple[Passage, list[str]]] = field(default_factory=dict)
 
     def place(self, one: Conversation) -> str:
         """file:line of an example."""
@@ -48,12 +49,15 @@ class Texts:
 
     def passage(self, split: Any, example: str, format_: str) -> tuple[Passage, list[str]]:
         """An example in a format, and the text of each token that is read. UserError for a format that is none."""
+        if (example, format_) in self._known:
+            return self._known[example, format_]
         if format_ not in self._formats:
             self._formats[format_] = prompts.load([format_])[0]
         rendered = prompts.render(self.conversations[example], self._formats[format_], self.vocabulary)
         tokens = encode(rendered, self.vocabulary)
         found = passage.passage(example, split, rendered, tokens, self.formulas.get(example))
-        return found, list(_spelled(rendered, tokens, found.read, self.vocabulary))
+        self._known[example, format_] = found, list(_spelled(rendered, tokens, found.read, self.vocabulary))
+        return self._known[example, format_]
 
 
 def _spelled(rendered: Rendered, tokens: Tokens, read: Sequence[bool], vocabulary: Vocabulary) -> Iterator[str]:
