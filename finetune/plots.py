@@ -125,7 +125,9 @@ def course(
 def intervals(name: str, groups: Sequence[tuple[str, Sequence[Bar]]], unit: str, width: int) -> Picture:
     """Values below one another, each with its bounds; groups are set apart by a heading."""
     with _quietly():
-        rows: list[str | Bar] = [one for head, bars in groups if bars for one in (head, *bars)]
+        rows: list[str | Bar] = []
+        for head, bars in groups:
+            rows += [head, *bars] if bars else []
         left = 12 + 6.6 * max((len(one.label if isinstance(one, Bar) else one) for one in rows), default=0)
         (axis,) = _stacked(width, [26 * len(rows)], [8], left=min(left, width / 2))
         figure = axis.figure
