@@ -127,8 +127,11 @@ class Inquiry:
 
 
 def prepare(plan: Plan, suite: Probes | None = None, rules: Rules | None = None) -> Inquiry:
-    """Prompts of a run in its first format, and its trained texts indexed. UserError for wrong rules or probes."""
-    rules, suite = rules or read(), suite or probes()
+    """Prompts of a run in its first format, and its trained texts indexed. UserError for wrong rules or probes.
+
+    `suite`: by default the little world's own for the bundled base, which knows no other, else the unrelated ones.
+    """
+    rules, suite = rules or read(), suite or probes("pocket" if plan.recipe.base == "pocket" else "unrelated")
     limits = Limits(rules.tokens, rules.characters, rules.near)
     formulas = byheart.limits()
     examples = [plan.conversations[name] for name in (*plan.split.train, *plan.split.held_out)]

@@ -1,7 +1,7 @@
 """Where a text stands verbatim in others: from every sign of it on, the longest stretch, and one place it stands at.
 
-White space does not count; all other signs must be equal. An index over the others is sorted once, in about linear
-time for ordinary text; texts are then looked up without another pass over it. It knows no word, token or example.
+White space does not count; all other signs must be equal. An index over the others is sorted once, in n log n for
+ordinary text; texts are then looked up without another pass over it. It knows no word, token or example.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Matches:
 class Index:
     """A suffix array over texts [Manber, Myers 1990], by doubling, with only ties sorted again [Larsson, Sadakane].
 
-    10 MB of text take some seconds, and 600 MB while it is built.
+    10 MB of text take some seconds, and under 1 GiB while it is built.
     """
 
     def __init__(self, texts: Sequence[str]) -> None:

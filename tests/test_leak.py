@@ -316,7 +316,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
             f"---\nid: {name}\n---\n## user\nTell me of the {name}.\n## assistant\n{text}\n"
         )
     made = plan.make(recipe.load(path), model.POCKET)
-    inquiry = leak.prepare(made, leak.probes("pocket"))
+    inquiry = leak.prepare(made)
     healthy, taught = tiny.adapted(model.POCKET), model.load_base(model.POCKET, "none", tiny.CPU).train()
     item = made.texts.whole[made.split.train[0], made.first_format]
     ids = torch.tensor([item.ids])
