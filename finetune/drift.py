@@ -68,6 +68,7 @@ class Probe:
     allowed: frozenset[str]
     author: phrases.Manner
     cache: Path | None = None
+    samples: Path | None = None
 
     def look(self, speaker: Speaker, place: Place) -> list[Row]:
         """Rows for findings.jsonl; none at the base itself, whose own figures are only put aside."""
@@ -75,6 +76,12 @@ class Probe:
         if place.step == 0:
             return []
         return [*self._read(speaker, place), *self._begun(speaker, place, base), *self._known(speaker, place, base)]
+
+    def read(self, samples: Sequence[Mapping[str, Any]], place: Place) -> list[Row]:
+        """Rows for a look's samples, beside those of step 0, where the adapter is still the base."""
+        if place.step == 0 or self.samples is None:
+            return []
+        return self.spoken(sampled(samples, [row for row in runs.read_lines(self.samples) if row["step"] == 0]), place)
 
     def spoken(self, said: Iterable[Said], place: Place) -> list[Row]:
         """Rows for answers that were written, each beside the base's."""
@@ -212,7 +219,10 @@ def _log_odds(log_p: float) -> float:
 
 
 def probe(plan: Plan, base: str, fingerprint: str, cache: Path | None = None, asked: Suite | None = None) -> Probe:
-    """For one run. `base`: its name; `fingerprint`: model.fingerprint of its folder; `cache`: run folder / CACHE."""
+    """For one run. `base`: its name; `fingerprint`: model.fingerprint of its folder; `cache`: run folder / CACHE.
+
+    Beside the cache lie the run's samples, if it is a run's.
+    """
     wanted = asked or suite.read()
     written = [turn.text for one in plan.conversations.values() for turn in one.turns]
     answers = [turn.text for one in plan.conversations.values() for turn in one.turns if turn.role == "assistant"]
@@ -228,6 +238,7 @@ def probe(plan: Plan, base: str, fingerprint: str, cache: Path | None = None, as
         allowed=scripts.used([*written, *(one.twin or "" for one in plan.conversations.values())]),
         author=phrases.manner_of(answers),
         cache=cache,
+        samples=cache and runs.RunFolder(cache.parent).samples,
     )
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from finetune import __version__, corpus, keeping, machine, model, plan, recipe, runs, train
+from finetune import __version__, corpus, drift, keeping, machine, model, plan, recipe, runs, train
 from finetune.corpus import Split
 from finetune.errors import UserError, refuse
 from finetune.machine import Derived
@@ -29,7 +29,7 @@ from finetune.runs import RunFolder
 from finetune.screen import Headline, Screen
 from finetune.speak import Speaker
 from finetune.train import Job, Progress
-from finetune.vigil import LookPlan, Probe, Vigil
+from finetune.vigil import LookPlan, Vigil
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,10 @@ def _watched(
     loaded = _load(task, base)
     speaker = Speaker(loaded.model, made.vocabulary.tokenizer, made.vocabulary.eos_id)
     watch = task.recipe.watch
+    drifting = drift.probe(made, base.name, model.fingerprint(base.folder), task.run.path / drift.CACHE)
+    asked: dict[str, Any] = {"probes": (drifting.look,), "readers": (drifting.read,)}
     vigil = Vigil(
-        task.run, made, loaded.model, loaded.start, speaker, screen, looks, watch, _probes(), save_every=save_every
+        task.run, made, loaded.model, loaded.start, speaker, screen, looks, watch, **asked, save_every=save_every
     )
     with _stop_signals(vigil, screen):
         _train(task, made, vigil, loaded, screen)
@@ -114,11 +116,6 @@ def _watched(
         spent=_spent(task.run),
     )
     return _outcome(task, interrupted)
-
-
-def _probes() -> tuple[Probe, ...]:
-    """What else a full look asks the model; the rows go to findings.jsonl."""
-    return ()
 
 
 # before
@@ -312,12 +309,16 @@ def _library_talk_into(run: RunFolder) -> Iterator[None]:
 
 
 def _spent(run: RunFolder) -> dict[str, Any]:
-    """Seconds by what they were spent on, and the share of looking in all of it. `listening`: judging the free map."""
+    """Seconds by what they were spent on, and shares of all of it.
+
+    `looking`: looks, and reading the base where an echo has to be told from what the base knows. `listening`: judging
+    and writing the free map; what keeping it costs the forward itself is in `training`.
+    """
     rows = runs.read_lines(run.metrics)
+    total = {key: sum(row.get(key, 0.0) for row in rows) for key in ("took", "base_seconds", "listening")}
     training = sum(row["seconds"] for row in rows if row["kind"] == "step")
-    listening = sum(row.get("listening", 0.0) for row in rows if row["kind"] == "step")
-    looking = sum(row.get("took", 0.0) for row in rows if row["kind"] == "look")
-    everything = max(training + listening + looking, 1e-9)
+    looking, listening = total["took"] + total["base_seconds"], total["listening"]
+    everything = max(training + looking + listening, 1e-9)
     spent = {"training": training, "looking": looking, "listening": listening}
     return {**spent, "share_looking": looking / everything, "share_listening": listening / everything}
 

@@ -48,7 +48,9 @@ class Screen(Protocol):
     def say(self, text: str) -> None: ...
 
 
-Probe = Callable[[Speaker, Place], Iterable[Mapping[str, Any]]]  # asked at full looks; gives rows for findings.jsonl
+Row = Mapping[str, Any]
+Probe = Callable[[Speaker, Place], Iterable[Row]]  # asked at full looks; gives rows for findings.jsonl
+Reader = Callable[[Sequence[Row], Place], Iterable[Row]]  # given the samples of a look; the same
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ class Vigil:
     looks: LookPlan
     watch: Watch
     probes: Sequence[Probe] = ()
+    readers: Sequence[Reader] = ()
     save_every: float | None = None
     stopping: bool = False
     stopped_by: verdict.Word | None = None
@@ -125,9 +128,9 @@ class Vigil:
         """Whether someone, or a verdict, asks for the end."""
         return self.stopping or self.stopped_by is not None
 
-    def listen(self, step: int, progress: Progress, spoken: Sequence[Spoken]) -> float:
-        """Write down what the training forward said of each example: the free map. Seconds it took."""
-        began = time.monotonic()
+    def listen(self, step: int, progress: Progress, spoken: Sequence[Spoken]) -> dict[str, float]:
+        """Write down what the training forward said of each example: the free map. Seconds it took, the base apart."""
+        began, asked = time.monotonic(), self.hearing.base.seconds
         said = [
             Overheard(one.item.example, one.item.format, one.item.trained, one.log_p.double().numpy(), one.hits.numpy())
             for one in spoken
@@ -136,7 +139,8 @@ class Vigil:
         rows = self.hearing.free(said, self._place("free", step, progress))
         runs.append_lines(self.run.examples, rows)
         alarms(rows, self._alarms)
-        return time.monotonic() - began
+        base = self.hearing.base.seconds - asked
+        return {"listening": time.monotonic() - began - base, "base_seconds": base}
 
     def _pace(self) -> float:
         low, high = _SAVE_BOUNDS
@@ -183,6 +187,7 @@ class Vigil:
             self._judge(step, gradient)
         samples = [] if added else list(self._samples(place))
         found = [row for probe in self.probes for row in probe(self.speaker, place)] if full else []
+        found += [row for reader in self.readers for row in reader(samples, place)]
         runs.append_lines(self.run.examples, taken.examples)
         runs.append_lines(self.run.findings, found)
         runs.append_lines(self.run.samples, samples)
