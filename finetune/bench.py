@@ -14,7 +14,22 @@ from typing import Any
 
 import numpy as np
 
-from finetune import disk, drift, ear, heard, leak, looks, model, prompts, runs, trend
+from finetune import (
+    disk,
+    drift,
+    ear,
+    heard,
+    leak,
+    lineup,
+    looks,
+    minutes,
+    model,
+    prompts,
+    reach,
+    robustness,
+    runs,
+    trend,
+)
 from finetune.byheart import judge
 from finetune.ear import Base, Ear, Heard
 from finetune.echo import Measured
@@ -22,6 +37,7 @@ from finetune.heard import Reading
 from finetune.looks import Place
 from finetune.opened import Worn
 from finetune.passage import Key, Passage
+from finetune.robustness import Store
 from finetune.runs import RunFolder
 from finetune.subject import Subject
 from finetune.trend import Trend
@@ -99,7 +115,8 @@ class Bench:
     def passages(self) -> tuple[Passage, ...]:
         """Trained examples in every trained format, held-out ones in every format, twins in the first."""
         formats = self.subject.opened.recipe.formats
-        grid = [("train", name) for name in formats.train] + [("twin", self.subject.plan.first_format)]
+        grid = [("train", name) for name in reversed(formats.train)]  # the first last: of equal rows readers take that
+        grid += [("twin", self.subject.plan.first_format)]
         grid += [("held_out", name) for name in (*formats.train, *formats.held_out)]
         return tuple(one for split, name in grid for one in self.ear.passages(split, name))  # type: ignore[arg-type]
 
@@ -189,6 +206,16 @@ def _look_rows(examples: Sequence[Row], place: Place, seconds: float) -> Iterato
         yield {**where, **told, **about, "seconds": seconds * tokens / read}
 
 
+# the same in other formats
+
+
+def _formats(bench: Bench, place: Place) -> Rows:
+    subject = bench.subject
+    store = Store(subject.run.tokens / reach.NAME, model.fingerprint(subject.opened.base.folder))
+    found = robustness.measure(bench.worn.speaker, subject.plan, lineup.suite(), place.step, store)
+    return Rows(findings=tuple({**row, "look": _MARK} for row in minutes.rows(found)))
+
+
 # what was known before
 
 
@@ -229,4 +256,9 @@ def _leak(bench: Bench, place: Place) -> Rows:
     return Rows(findings=tuple({**row, "look": _MARK} for row in found))
 
 
-PROBES: dict[str, Callable[[Bench, Place], Rows]] = {"echo": _echo, "leak": _leak, "drift": _drift}
+PROBES: dict[str, Callable[[Bench, Place], Rows]] = {
+    "echo": _echo,
+    "leak": _leak,
+    "formats": _formats,
+    "drift": _drift,
+}

@@ -19,8 +19,8 @@ from finetune.byheart import judge
 from finetune.dial import Sweep
 from finetune.errors import refuse
 from finetune.heard import Reading
+from finetune.keeping import Keeper
 from finetune.passage import Passage, Split
-from finetune.runs import RunFolder
 from finetune.shades import View
 from finetune.subject import Subject
 from finetune.trend import Trend
@@ -131,7 +131,7 @@ def _written(session: _Session, best: Judgement, seconds: float) -> Exam:
     session.new = session.new.plus(Rows(findings=tuple(told)))
     rows = session.rows
     bench.write(found.run, session.is_replaced, session.new)
-    runs.write_json(found.run.verdict, {**said.to_json(), **_parent(found)})
+    runs.write_json(found.run.verdict, _document(found, said, table))
     if not found.elsewhere:
         found.run.record(closing={"seconds": seconds, "step": said.step, "probes": sorted(session.measured[said.step])})
     return Exam(found, table, said, rows, trends, seconds)
@@ -146,14 +146,14 @@ def _stopped_by(found: Subject) -> str:
     return str(told or ("nothing yet" if found.unfinished else "epochs"))
 
 
-def _parent(found: Subject) -> dict[str, Any]:
-    """The verdict of the run that a refit was made from: it held out what the refit trains on."""
-    was = found.opened.facts.get("refit_of")
-    path = RunFolder(was).verdict if was else None
-    if path is None or not path.is_file():
-        return {}
-    said = runs.read_json(path)
-    return {"parent": {"run": str(was), **{key: said.get(key) for key in ("verdict", "reason", "epoch")}}}
+def _document(found: Subject, said: Verdict, table: Bench) -> dict[str, Any]:
+    """What verdict.json holds, of an adapter from elsewhere without a run's history."""
+    if found.elsewhere:
+        return said.to_json()
+    keeper = Keeper(found.run, found.setting)
+    keeper.judge()
+    document: dict[str, Any] = keeper.document(said.run["stopped_by"], {said.step}, table.ear.quote)
+    return document
 
 
 def _trends(session: _Session, step: int) -> list[Trend]:

@@ -143,7 +143,7 @@ def _cells(one: Line, elsewhere: bool) -> tuple[str, ...]:
 
 
 def _since_when(epoch: float | None, elsewhere: bool) -> str:
-    return "never" if epoch is None else "yes" if elsewhere else f"epoch {epoch:g}"
+    return "never" if epoch is None else "yes" if elsewhere else f"epoch {round(epoch, 1):g}"
 
 
 def _quotation(text: str, width: int | None) -> Iterator[str]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from finetune import bench, forgotten, reciters, runs, siblings, tables, trend
+from finetune import bench, forgotten, grid, keeping, lineup, minutes, reciters, runs, siblings, tables, trend
 from finetune.examine import Exam
 from finetune.reciters import Line
+from finetune.robustness import Robustness
 
 Row = Mapping[str, Any]
 _NAMED = 8  # examples and leaks that a summary shows; --only shows all
@@ -22,7 +23,7 @@ def sections(exam: Exam, probes: Sequence[str], width: int) -> Iterator[tuple[st
     if not whole and exam.trends:
         yield "How it learned", [line for one in exam.trends for line in tables.wrapped(one.words, width, "  ")]
         yield "Look by look", ["  " + line for line in looks(exam, width - 2)]
-    tellers = {"echo": _echo, "leak": _leaks, "drift": _drift}
+    tellers = {"echo": _echo, "leak": _leaks, "formats": _formats, "drift": _drift}
     for probe in probes:
         yield from tellers[probe](exam, width, whole)
     yield "Verdict", list(_verdict(exam, width))
@@ -79,6 +80,25 @@ def _leak(row: Row) -> Iterator[str]:
     yield f"  «{' '.join(str(row['span']).split())}»"
 
 
+# the same in other formats
+
+
+def _formats(exam: Exam, width: int, whole: bool) -> Iterator[tuple[str, list[str]]]:
+    found = formats(exam)
+    if found is None:
+        return
+    lines = [line for one in grid.words(found) for line in tables.wrapped(one, width, "  ")]
+    if whole:
+        lines += [*(f"  {line}".rstrip() for line in grid.table(found, width - 2)), ""]
+        lines += [f"  {line}".rstrip() for line in grid.side_by_side(found, width - 2)]
+    yield "Formats", lines
+
+
+def formats(exam: Exam) -> Robustness | None:
+    """As the rows of the closing look say; None where they were not asked."""
+    return minutes.read(_closing(exam, "formats"), lineup.suite(), exam.verdict.step)
+
+
 # what was known before
 
 
@@ -114,14 +134,15 @@ def _number(value: float | None) -> str:
 
 
 def _verdict(exam: Exam, width: int) -> Iterator[str]:
-    said, name = exam.verdict, str(exam.subject.run.path)
-    at = "" if exam.subject.elsewhere else f" (adapter of epoch {said.epoch:g})"
-    yield f"  {said.verdict}{at}"
-    yield from tables.wrapped(said.reason, width, "  ")
-    if said.run["epoch"] != said.epoch:
-        yield f"  The last look, at epoch {said.run['epoch']:g}: {said.run['verdict']}."
-    target = str(exam.subject.adapter.of) if exam.subject.adapter else name
-    yield from tables.wrapped(f"Next: {said.next.replace('RUN', target)}", width, "  ")
+    subject = exam.subject
+    if subject.adapter is None:
+        places = {name: str(one.origin) for name, one in subject.plan.conversations.items()}
+        said = keeping.told(keeping.read(subject.run) or {}, subject.run, places)
+    else:
+        told = exam.verdict
+        said = iter([f"Verdict: {told.verdict}.", told.reason, f"Next: {told.next}".replace("RUN", subject.adapter.of)])
+    for one in said:
+        yield from tables.wrapped(one.lstrip().removeprefix("Verdict: "), width, "    " if one[:1] == " " else "  ")
 
 
 # for programs
@@ -145,4 +166,7 @@ def document(exam: Exam, probes: Collection[str]) -> dict[str, Any]:
     if "drift" in probes:
         summary = forgotten.summary(_closing(exam, "drift"))
         found["drift"] = None if summary is None else summary.as_dict()
+    if "formats" in probes:
+        said = formats(exam)
+        found["formats"] = None if said is None else grid.document(said)
     return found | {probe: _closing(exam, probe) for probe in ("leak",) if probe in probes}

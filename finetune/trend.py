@@ -242,6 +242,7 @@ def _echoes(course: Course, step: int) -> dict[str, int | None]:
     """Trained examples that echo at a look, of those it read; None where it read none."""
     rows = [row for row in course.examples if row["step"] == step and row["split"] == "train"]
     rows = [row for row in rows if row.get("map") != "free" and row["format"] == course.format]
+    rows = [*{row["id"]: row for row in rows}.values()]  # a closing look reads what a look has read
     told = {"words": lambda row: (row.get("windows") or [0])[0] > 0, "long": _long, "whole": _whole}
     return {f"echo_{name}": sum(map(test, rows)) if rows else None for name, test in told.items()}
 
