@@ -28,7 +28,7 @@ class Axis:
 ALONG = (
     Axis("epoch", "epochs", "epoch"),
     Axis("travel", "travel", "travel: sum of the learning rate over all steps"),
-    Axis("train_loss", "train loss", "train loss of the epoch before, nats per token; training runs to the right"),
+    Axis("train_loss", "train loss", "train loss of the epoch before, nats per token"),
 )
 
 

@@ -6,6 +6,7 @@ It joins what other rooms measured, drew and worded; it measures nothing, asks n
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from finetune.runs import RunFolder, write_atomic
 from finetune.tokenwise import Reader, Texts
 
 _TOKENS = 1_500_000  # bytes of a page that may be examples told token by token
+_SHARE = 0.02  # of wall time that a run may spend on its page
 _LOG = 300  # lines
 _REFRESH = (15, 120)  # seconds between two glances of an open page
 
@@ -30,6 +32,8 @@ class Writer:
     folder: Path
     verdicts: dict[int, str] = field(default_factory=dict)
     _texts: Texts | str | None = None
+    _took: float = 0.0
+    _written: float = 0.0
 
     def write(self, verdicts: Mapping[int, str] | None = None, to: Path | None = None, texts: bool = True) -> Path:
         """Write the page, whole or not at all. `verdicts`: the word on each look, by step, spares judging them again.
@@ -39,6 +43,23 @@ class Writer:
         path = to or RunFolder(self.folder).report
         write_atomic(path, self.html(verdicts, texts))
         return path
+
+    def keep_up(self, verdicts: Mapping[int, str] | None = None) -> Path | None:
+        """For a run's looks: `write`, unless the last one took more than 2 % of the time since. None: left out.
+
+        A page that cannot be written never ends a night; why is noted in log.txt.
+        """
+        began = time.monotonic()
+        if self._took > _SHARE * (began - self._written):
+            return None
+        try:
+            return self.write(verdicts)
+        except Exception:  # whatever it is, the run is worth more than its page
+            RunFolder(self.folder).note(f"report.html was not written: {traceback.format_exc()}")
+            return None
+        finally:
+            self._written = time.monotonic()
+            self._took = self._written - began
 
     def html(self, verdicts: Mapping[int, str] | None = None, texts: bool = True) -> str:
         """The page as text."""
