@@ -224,9 +224,8 @@ def _alpha(about: Mapping[str, Any], ranks: set[int]) -> float:
 
 
 def _no_adapter(why: str) -> UserError:
-    return refuse(
-        f"the adapter cannot be written for llama.cpp: {why}.", "Use the `merged` export, made by plain PEFT."
-    )
+    remedy = "Merge it with PEFT's merge_and_unload, where it was made."
+    return refuse(f"the adapter cannot be exported: {why}.", remedy)
 
 
 def _kind(shape: Sequence[int], dtype: str) -> GGMLQuantizationType:
