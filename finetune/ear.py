@@ -6,6 +6,7 @@ only what a base said, which never changes.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -112,18 +113,24 @@ def _answers(one: Conversation) -> list[str]:
 # the base
 
 
-@dataclass(frozen=True)
+@dataclass
 class Base:
-    """What the base says of passages: read once each, kept in the run, found again when it goes on."""
+    """What the base says of passages: read once each, kept in the run, found again when it goes on.
+
+    `seconds`: spent reading what was missing.
+    """
 
     run: RunFolder
     readings: dict[Key, Reading] = field(default_factory=dict)
+    seconds: float = 0.0
 
     def of(self, speaker: Reads, passages: Iterable[Passage]) -> Mapping[Key, Reading]:
         """Readings with the adapter off, of these passages and of all that came before."""
         missing = {one.key: one for one in passages if one.key not in self.readings}
         if missing:
+            began = time.monotonic()
             self.keep(heard.read(speaker, list(missing.values()), base=True))
+            self.seconds += time.monotonic() - began
         return self.readings
 
     def keep(self, found: Mapping[Key, Reading]) -> None:

@@ -5,6 +5,7 @@ Everything is read from the run folder, so that a run that goes on judges as if 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -113,6 +114,7 @@ class Keeper:
         end = {
             "headline": _headline(last),
             "reason": wording.reason(last.facts, last.signs, self.by),
+            "next": wording.following(last.verdict, last.facts, last.signs, self.by),
             "recited": list(_recited(rows, last.facts.step, quote)),
         }
         document = found.to_json()
@@ -169,18 +171,19 @@ _NAMED = 5  # examples that are named on the screen; verdict.json has all
 def told(document: Mapping[str, Any], run: RunFolder, places: Mapping[str, str]) -> Iterator[str]:
     """The verdict for a person: the word, why, who recites what, what to do. `places`: file:line of examples."""
     end = document["run"]
-    yield f"Verdict: {document['verdict']}: {document['headline']}."
-    if end["step"] != document["step"]:
-        yield f"That is the adapter of epoch {document['epoch']:g}. The last look, at epoch {end['epoch']:g}, was"
-        yield f"{end['verdict']}: {end['headline']}."
+    apart = end["step"] != document["step"]
+    if apart:
+        yield f"At the last look, epoch {end['epoch']:g}: {end['verdict']}: {end['headline']}. {end['reason']}"
+        yield from _named(end["recited"], end["epoch"], places)
+    kept = f"Kept: the adapter of epoch {document['epoch']:g}" if apart else "Verdict"
+    yield f"{kept}: {document['verdict']}: {document['headline']}. {document['reason']}"
     if document.get("parent"):
         parent = document["parent"]
         yield f"The run it was refitted from: {parent['verdict']}: {parent['headline']} (epoch {parent['epoch']:g})."
-    yield document["reason"]
-    if end["step"] != document["step"] and end["verdict"] != document["verdict"]:
-        yield f"At the last look: {end['reason']}"
-    yield from _named(end["recited"], end["epoch"], places)
+    yield from _named(document["recited"], document["epoch"], places)
     yield f"Next: {document['next']}".replace("RUN", str(run.path))
+    if apart and end["next"] != document["next"]:
+        yield f"For another run: {end['next']}".replace("RUN", str(run.path))
 
 
 def _named(recited: list[Mapping[str, Any]], epoch: float, places: Mapping[str, str]) -> Iterator[str]:
@@ -189,8 +192,8 @@ def _named(recited: list[Mapping[str, Any]], epoch: float, places: Mapping[str, 
         yield f"Recited at epoch {epoch:g}:"
     for one in loud[:_NAMED]:
         how = "whole" if one["echo_whole"] else f"{one['run_max']} tokens"
-        since = min(one["since"].values(), default=one["epoch"])
-        words = " ".join(one["words"].split())
+        since = math.ceil(min(one["since"].values(), default=one["epoch"]))
+        words = " ".join(one["words"].split()).strip(" *#:.,")
         words = words if len(words) <= 160 else words[:157] + "..."
         yield f"  {_near(places.get(one['id'], ''))}  {one['id']}, {how}, since epoch {since:g}: «{words}»"
     if len(loud) > _NAMED:

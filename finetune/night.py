@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from finetune import __version__, corpus, drift, keeping, machine, model, plan, recipe, runs, train
+from finetune import __version__, corpus, drift, keeping, machine, model, plan, recipe, runs, selfreplay, train
 from finetune.corpus import Split
 from finetune.errors import UserError, refuse
 from finetune.machine import Derived
@@ -126,6 +126,8 @@ def _plan(task: Task, base: Path, known: Mapping[str, Any]) -> Plan:
     split = Split.from_json(runs.read_json(task.run.split)) if task.going_on else None
     everything = task.parent is not None and split is None
     made = plan.make(task.recipe, base, split, everything=everything, online=True)
+    if task.recipe.regularise.self_replay:
+        made = _with_own_answers(task, base, made)
     if task.going_on:
         was, now = known["fingerprints"], _fingerprints(made, base)
         if gone := [name for name in now if was[name] != now[name]]:
@@ -134,6 +136,16 @@ def _plan(task: Task, base: Path, known: Mapping[str, Any]) -> Plan:
     if task.steps is None:
         return made
     return replace(made, length=replace(made.length, total=task.steps))
+
+
+def _with_own_answers(task: Task, base: Path, made: Plan) -> Plan:
+    """What the base says to everyday questions, written before the first step and kept; then mixed in."""
+    path = task.run.path / selfreplay.NAME
+    if not path.is_file():
+        task.run.note("The base writes its own answers, once.")
+        bare = model.load_base(base, task.recipe.quantization, model.pick_device())
+        selfreplay.write(path, Speaker(bare, made.vocabulary.tokenizer, made.vocabulary.eos_id), made)
+    return selfreplay.mixed(made, path)
 
 
 def _fingerprints(made: Plan, base: Path) -> dict[str, str]:

@@ -86,7 +86,7 @@ class Spoken:
     hits: Tensor  # (supervised,) bool, cpu: the argmax is the token
 
 
-Listen = Callable[[int, Progress, Sequence[Spoken]], float]  # told after each step; gives the seconds it took
+Listen = Callable[[int, Progress, Sequence[Spoken]], Mapping[str, float]]  # told after each step; gives what it took
 
 
 @dataclass(frozen=True)
@@ -228,7 +228,7 @@ class NightTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped
                 "Lower optimizer.learning_rate and start with --fresh; the last good checkpoint is kept.",
             )
         if self._job.listen is not None:
-            row["listening"] = self._listen(self._job.listen)
+            row.update(self._listen(self._job.listen))
         self._watcher.step(row)
         wanted = self._watcher.pause(row["step"], self.progress, self._pulse.gradient)
         stop = self._watcher.stop()
@@ -237,8 +237,8 @@ class NightTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped
         if not self.control.should_save:
             self._clock = time.monotonic()
 
-    def _listen(self, listen: Listen) -> float:
-        """Pass on what the step's forwards said of its texts; seconds."""
+    def _listen(self, listen: Listen) -> Mapping[str, float]:
+        """Pass on what the step's forwards said of its texts; keys for the step's row."""
         said, self._said = self._said, []
         spoken = [
             Spoken(item, -one.float(), hit)
