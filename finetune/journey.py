@@ -37,7 +37,7 @@ def picture(run: Run) -> About | None:
     if not any(one.step > 0 for one in run.looks):
         return None
     tallies = {one.look.step: one for one in run.tallies}
-    shown = [one for one in ALONG if one.name != "train_loss" or _falls(run)]
+    shown = [one for one in ALONG if one.name != "train_loss" or (_falls(run) and not run.running)]  # each costs time
     drawn = [(one, width, _course(run, one, width, tallies)) for one in shown for width in (WIDE, NARROW)]
     rows = list(_table(run, tallies))
     return {"axes": shown, "drawn": drawn, "rows": rows, "verdicts": bool(run.verdicts), "echo": bool(tallies)}
