@@ -67,11 +67,15 @@ def verdict(run: Run) -> About:
         looked = any(one.step > 0 for one in run.looks)
         why = "Its first look is still to come." if run.running and not looked else "This run was not judged."
         return {"word": None, "sentence": f"No verdict yet. {why}" if run.running else why, "axes": ()}
-    axes = [
-        {"name": AXES.get(name, (name.replace("_", ": ", 1), ""))[0], "unit": AXES.get(name, ("", ""))[1], **axis}
-        for name, axis in found["axes"].items()
-    ]
+    axes = [dict(zip(("name", "unit"), _named(name), strict=True)) | axis for name, axis in found["axes"].items()]
     return {**found, "word": found["verdict"], "sentence": SENTENCES.get(found["verdict"], ""), "axes": axes}
+
+
+def _named(axis: str) -> tuple[str, str]:
+    """In words, and what it is measured in."""
+    if axis.startswith("drift_"):
+        return f"{DRIFT.get(axis[6:], (axis[6:], 0))[0]}, above its best", ""
+    return AXES.get(axis, (axis.replace("_", " "), ""))
 
 
 def chosen(run: Run) -> About | None:
