@@ -6,7 +6,7 @@ change any training state (weights, random state, train mode are left as found).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -124,6 +124,7 @@ class Speaker:
         self._model, self._tokenizer, self._eos = model, tokenizer, eos_id
         self._batch_tokens, self._exact = batch_tokens, False
         self._device = next(model.parameters()).device
+        self.whole: Callable[[], AbstractContextManager[None]] = nullcontext  # entered while an answer is written
 
     def score(
         self,
@@ -198,10 +199,7 @@ class Speaker:
         return (tuned.nll - base.nll) / max(len(tuned.log_p), 1)
 
     def kl(self, one: Pass, other: Pass) -> Tensor:
-        """KL(one || other) in nats for each pair of tokens asked for, (n,) float32 on the CPU.
-
-        The distributions (256 x vocabulary at a time) are never held for the whole text.
-        """
+        """KL(one || other), nats, (n,) float32 on the CPU, for pairs of tokens; 256 distributions are held at once."""
         hidden = [self._hidden(asked) for asked in (one, other)]
         parts = []
         for pieces in zip(*(torch.split(rows, _HEAD_TOKENS // 2) for rows in hidden), strict=True):
@@ -243,7 +241,7 @@ class Speaker:
             some = [prompts[i] for i in batch]
             warped = (sampler.warp, drawn[batch]) if sampler is not None and drawn is not None else None
             try:
-                with self._quiet(base):
+                with self.whole(), self._quiet(base):
                     told = self._complete(some, stops, max_new_tokens, warped)
             except torch.OutOfMemoryError:
                 if len(batch) == 1:
