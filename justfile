@@ -17,3 +17,7 @@ bench-trl:
 # kill a run five times at random and compare it with one that was left alone
 bench-kill recipe="recipes/handwritten.yaml" *sets:
     .venv/bin/python tests/bench/kill_and_go_on.py {{recipe}} 5 {{sets}}
+
+# one trained format, five, five and sampled ones: what holds where nothing was trained (about 15 minutes of one core)
+bench-formats epochs="40" seeds="3":
+    .venv/bin/python tests/bench/training_for_formats.py {{epochs}} {{seeds}}

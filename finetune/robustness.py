@@ -8,7 +8,7 @@ measured (see grid).
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -164,10 +164,10 @@ def at_look(rows: Iterable[Mapping[str, Any]], step: int, gauges: Sequence[Gauge
 
 
 def asked_of(plan: Plan, own: Sequence[Format] = ()) -> lineup.Recipe:
-    """What a plan says about its formats; which sampled ones it wore is drawn again."""
+    """What a plan says about its formats, by the names its recipe gives them; what it wore of the grammar anew."""
     formats = plan.recipe.formats
     system = next((text for one in plan.conversations.values() if (text := one.system)), "")
-    sides = [[plan.formats[name] for name in names] for names in (formats.train, formats.held_out)]
+    sides = [[replace(plan.formats[name], name=name) for name in names] for names in (formats.train, formats.held_out)]
     return lineup.Recipe(sides[0], sides[1], own, system, plan.recipe.seed, _worn(plan))
 
 
