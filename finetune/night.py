@@ -19,9 +19,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from finetune import __version__, corpus, drift, keeping, machine, model, plan, recipe, runs, selfreplay, train
+from finetune import (
+    __version__,
+    corpus,
+    drift,
+    keeping,
+    machine,
+    model,
+    plan,
+    prefix,
+    recipe,
+    runs,
+    selfreplay,
+    slices,
+    train,
+)
 from finetune.corpus import Split
 from finetune.errors import UserError, refuse
+from finetune.estimate import layers_below
 from finetune.machine import Derived
 from finetune.orders import Task
 from finetune.plan import Plan
@@ -70,6 +85,7 @@ class _Loaded:
     model: Any
     start: model.Start
     base: model.Base
+    short: prefix.Shortened | None = None
 
 
 def _spend(task: Task, screen: Screen, save_every: float | None) -> Outcome:
@@ -96,8 +112,10 @@ def _remedies(task: Task, made: Plan) -> list[str]:
 def _watched(
     task: Task, made: Plan, looks: LookPlan, base: model.Base, screen: Screen, save_every: float | None
 ) -> Outcome:
-    loaded = _load(task, base)
+    loaded = _load(task, made, base, screen)
     speaker = Speaker(loaded.model, made.vocabulary.tokenizer, made.vocabulary.eos_id)
+    if loaded.short:
+        speaker.whole = loaded.short.whole
     watch = task.recipe.watch
     drifting = drift.probe(made, base.name, model.fingerprint(base.folder), task.run.path / drift.CACHE)
     asked: dict[str, Any] = {"probes": (drifting.look,), "readers": (drifting.read,)}
@@ -108,13 +126,8 @@ def _watched(
         _train(task, made, vigil, loaded, screen)
     interrupted = vigil.stopping and vigil.stopped_by is None
     vigil.tidy(keeping.RUNNING if interrupted else vigil.stopped_by or "its last epoch")
-    said = keeping.read(task.run)
-    task.run.record(
-        state="stopped" if interrupted else "finished",
-        stopped_by=vigil.stopped_by,
-        verdict=said["run"]["verdict"] if said else None,
-        spent=_spent(task.run),
-    )
+    state = "stopped" if interrupted else "finished"
+    task.run.record(state=state, stopped_by=vigil.stopped_by, spent=_spent(task.run))
     return _outcome(task, interrupted)
 
 
@@ -226,15 +239,33 @@ def _derived(made: Plan, looks: Mapping[str, Any]) -> dict[str, Derived]:
 # during
 
 
-def _load(task: Task, base: model.Base) -> _Loaded:
-    lora = task.recipe.lora
+def _load(task: Task, made: Plan, base: model.Base, screen: Screen) -> _Loaded:
+    lora, noise = task.recipe.lora, task.recipe.regularise.stochastic_depth
     top = None if lora.layers == "all" else lora.layers.top
     shape = model.LoraShape(lora.rank, lora.alpha, lora.dropout, lora.targets, top)
-    bare = model.load_base(base.folder, task.recipe.quantization, model.pick_device())
+    below = layers_below(slices.layer_count(base.folder), top, noise, task.recipe.machine.prefix_gib)
+    short = _shortened(task, made, base, below, screen) if below else None
+    bare = short.model if short else model.load_base(base.folder, task.recipe.quantization, model.pick_device())
     adapted = model.attach(bare, shape, task.recipe.seed)
-    if task.recipe.regularise.stochastic_depth:
-        train.add_stochastic_depth(adapted, task.recipe.regularise.stochastic_depth)
-    return _Loaded(adapted, model.Start(adapted), base)
+    if noise:
+        train.add_stochastic_depth(adapted, noise)
+    return _Loaded(adapted, model.Start(adapted), base, short)
+
+
+def _shortened(task: Task, made: Plan, base: model.Base, below: int, screen: Screen) -> prefix.Shortened:
+    """The upper layers alone, and what the lower ones make of every listed text, computed once."""
+    source = prefix.Source(base.folder, task.recipe.quantization, model.pick_device(), below)
+    screen.say(f"Computing what the {below} lower layers make of every text; nobody trains them.")
+    short = prefix.load(source, task.recipe.machine.prefix_gib)
+    texts = made.texts
+    items = (*texts.whole.values(), *texts.held_out.values(), *texts.twins.values(), *texts.replay)
+    filled = short.prefix.fill([prefix.PROOF, *(item.ids for item in items)])
+    why = (
+        f"{filled.texts} texts, {filled.computed} computed in {filled.seconds:.0f} s, {filled.kept} kept for next time"
+    )
+    known = runs.read_json(task.run.run_json)["derived"]
+    task.run.record(derived={**known, "stored_activations_gib": Derived(filled.gib, why)})
+    return short
 
 
 def _train(task: Task, made: Plan, vigil: Vigil, loaded: _Loaded, screen: Screen) -> None:

@@ -110,7 +110,7 @@ def _from_run(target: Path, order: Order) -> Task:
 def _more(was: Recipe, facts: Mapping[str, Any], epochs: int, target: Path) -> Recipe:
     if facts["state"] != "finished":
         raise refuse(f"{target} is not finished.", f"`sft train {target}` goes on with it.")
-    _refuse_overfit(facts, target)
+    _refuse_overfit(facts, RunFolder(target))
     if not was.optimizer.schedule.startswith("constant") or "refit_of" in facts:
         what = (
             f"{target} cannot be taken further: its learning rate follows {was.optimizer.schedule}, or it is a refit."
@@ -119,16 +119,16 @@ def _more(was: Recipe, facts: Mapping[str, Any], epochs: int, target: Path) -> R
     return was.model_copy(update={"epochs": int(facts["epochs"]) + epochs})
 
 
-def _refuse_overfit(facts: Mapping[str, Any], target: Path) -> None:
+def _refuse_overfit(facts: Mapping[str, Any], run: RunFolder) -> None:
     """More of what recites is not better; and a run that a verdict stopped has epochs left already."""
-    verdict, stopped = facts.get("verdict"), facts.get("stopped_by")
-    if verdict == "overfit":
-        what = f"{target} cannot be taken further: its verdict is overfit."
+    said = runs.read_json(run.verdict)["run"]["verdict"] if run.verdict.is_file() else None
+    if said == "overfit":
+        what = f"{run.path} cannot be taken further: its verdict is overfit."
         remedy = "Train anew with a lower optimizer.learning_rate, fewer epochs or more examples; adapter/ is kept."
         raise refuse(what, remedy)
-    if stopped:
-        what = f"{target} stopped before its last epoch, at the verdict {stopped}."
-        raise refuse(what, f"`sft train {target} --set watch.stop_at=overfit` goes on to the epochs it has.")
+    if stopped := facts.get("stopped_by"):
+        what = f"{run.path} stopped before its last epoch, at the verdict {stopped}."
+        raise refuse(what, f"`sft train {run.path} --set watch.stop_at=overfit` goes on to the epochs it has.")
 
 
 def _refit(parent: RunFolder, was: Recipe, facts: Mapping[str, Any], source: bytes) -> Task:

@@ -159,13 +159,18 @@ def test_more_epochs_end_like_a_longer_run(tmp_path: Path) -> None:
 
 def test_refit_trains_on_everything_to_the_same_travel(tmp_path: Path) -> None:
     run(small.recipe(tmp_path), tmp_path / "run")
-    again(tmp_path / "run", refit=True)
+    refitted = again(tmp_path / "run", refit=True)
     parent = json.loads((tmp_path / "run/run.json").read_text())["chosen"]
     split = json.loads((tmp_path / "run-refit/split.json").read_text())
     assert len(split["train"]) == 8
     assert split["held_out"] == []
     assert rows(tmp_path / "run-refit", "step")[-1]["travel"] == pytest.approx(parent["travel"])
     assert (tmp_path / "run-refit/adapter/adapter_model.safetensors").is_file()
+    was, now = (json.loads((tmp_path / name / "verdict.json").read_text()) for name in ("run", "run-refit"))
+    assert now["parent"]["verdict"] == was["verdict"]
+    assert now["axes"]["learned"]["n"] == 0
+    assert now["axes"]["recites_8"]["value"] is None
+    assert "refitted from" in refitted.text
 
 
 def test_a_changed_recipe_is_refused_with_what_changed(tmp_path: Path) -> None:
@@ -173,6 +178,17 @@ def test_a_changed_recipe_is_refused_with_what_changed(tmp_path: Path) -> None:
     other = small.recipe(tmp_path, epochs=1, lora={"rank": 8})
     with pytest.raises(UserError, match=r"lora\.rank was 4, is 8"):
         run(other, tmp_path / "run")
+
+
+def test_a_changed_plan_of_looks_is_told_to_stay(tmp_path: Path) -> None:
+    recipe = small.recipe(tmp_path, epochs=2)
+    run(recipe, tmp_path / "run")
+    small.recipe(tmp_path, epochs=4, watch={"every": 1})
+    told = io.StringIO()
+    task = orders.read(orders.Order(str(recipe), out=tmp_path / "run"))
+    night.run(task, Screen(Console(file=told, width=300)), save_every=1e9)
+    assert "its looks stay as planned. New ones hold for the epochs that were added." in told.getvalue()
+    assert json.loads((tmp_path / "run/run.json").read_text())["looks"]["full"] == [2, 3, 4]
 
 
 def test_changed_data_are_refused(tmp_path: Path) -> None:

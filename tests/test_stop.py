@@ -139,13 +139,16 @@ def test_started_again_it_says_its_verdict_and_trains_nothing(reciting: Reciting
     assert before == {path.name: path.read_bytes() for path in folder.glob("*.jsonl")}
 
 
-def test_more_is_refused_and_says_how_to_go_on(reciting: Reciting, tmp_path: Path) -> None:
+def test_more_is_refused_and_says_how_to_go_on(reciting: Reciting) -> None:
     _, folder, _, _ = reciting
+    said = verdict(folder)
+    runs.write_json(folder / "verdict.json", {**said, "run": {**said["run"], "verdict": "watch"}})
     with pytest.raises(UserError, match=r"stopped before its last epoch.*watch\.stop_at"):
         orders.read(orders.Order(str(folder), more=3))
-    RunFolder(folder).record(verdict="overfit")
+    runs.write_json(folder / "verdict.json", {**said, "run": {**said["run"], "verdict": "overfit"}})
     with pytest.raises(UserError, match=r"its verdict is overfit.*lower optimizer\.learning_rate"):
         orders.read(orders.Order(str(folder), more=3))
+    runs.write_json(folder / "verdict.json", said)
 
 
 def test_whoever_stops_later_may_go_on(reciting: Reciting) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -350,3 +351,49 @@ def test_goldfish_and_replay_and_all_formats_run(tmp_path: Path, what: str) -> N
         assert made.epochs.size == 2 * len(own)
     else:
         assert {(i.example, i.format) for i in rows[:6]} == {(i.example, i.format) for i in rows[6:]}
+
+
+# --- what the forward said ---------------------------------------------------------------------------------------
+
+
+def test_listening_changes_no_weight_and_hears_what_a_pass_gives(base: Path, tmp_path: Path) -> None:
+    items = [*tiny.texts([20, 33]), Item("late", "a", tiny.texts([12])[0].ids, (*(False,) * 9, *(True,) * 3))]
+    heard: list[tuple[int, train.Spoken]] = []
+
+    def listen(step: int, _progress: train.Progress, spoken: Sequence[train.Spoken]) -> dict[str, float]:
+        heard.extend((step, one) for one in spoken)
+        return {"listening": 0.0}
+
+    job = tiny.job(tmp_path, items, 4, 3, micro_batch=1)
+    deaf, _ = tiny.trained(base, job)
+    net, rows = tiny.trained(base, replace(job, listen=listen))
+    one, other = tiny.weights(net), tiny.weights(deaf)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert [(step, said.item.example) for step, said in heard[:3]] == [(1, "e0"), (1, "e1"), (1, "late")]
+    assert len(heard) == 4 * 3
+    assert all("listening" in row for row in rows)
+    speaker = Speaker(net, tiny.tokenizer().backend_tokenizer, None)
+    scores = speaker.score([item.ids for item in items], [item.trained for item in items], base=True)
+    for score, (_, said) in zip(scores, heard[:3], strict=True):  # before the first step the adapter says nothing
+        assert torch.allclose(score.log_p, said.log_p, atol=1e-4)
+        assert torch.equal(score.hits, said.hits)
+    later = [said for step, said in heard if step == 4]
+    assert sum(said.log_p.sum() for said in later) > sum(said.log_p.sum() for _, said in heard[:3])
+
+
+def test_a_head_that_takes_few_tokens_at_once_hears_the_same(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[train.Spoken] = []
+
+    def listen(_step: int, _progress: train.Progress, spoken: Sequence[train.Spoken]) -> dict[str, float]:
+        heard.extend(spoken)
+        return {}
+
+    job = tiny.job(tmp_path, tiny.texts([60, 33]), 1, 2, listen=listen)
+    tiny.trained(base, job)
+    monkeypatch.setattr(train, "head_tokens", lambda _vocabulary: 16)
+    tiny.trained(base, job)
+    for one, other in zip(heard[:2], heard[2:], strict=True):
+        assert torch.allclose(one.log_p, other.log_p, atol=1e-5)
+        assert torch.equal(one.hits, other.hits)
