@@ -27,7 +27,7 @@ FLOORS = (
     "plan slices depot orders inventory signs heard bundle",
     "packed",
     "model lots",
-    "train speak prefix pocket looks wording ledger byheart foreign merge",
+    "train speak prefix pocket looks loggers wording ledger byheart foreign merge",
     "reach replies",
     "echo leak robustness drift selfreplay plots outlook opened verdict",
     "ear keeping grid minutes voice subject siblings gathered pages untouched",
