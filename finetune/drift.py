@@ -168,7 +168,15 @@ class Probe:
         told = {"prompt": one.prompt, "answer": one.answer, "base_answer": one.base, "wrong_script": bool(found)}
         counted = {"scripts": dict(found), "loop": loop, "author_stock": self.author.stock}
         why = "; ".join(reasons) or "no foreign script, no loop"
-        return self._head(place) | {"id": one.id, **told, **counted, "score": None, "why": why, "source": "generated"}
+        return self._head(place) | {
+            "axis": None,
+            "id": one.id,
+            **told,
+            **counted,
+            "score": None,
+            "why": why,
+            "source": "generated",
+        }
 
     # rows
 

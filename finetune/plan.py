@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from finetune import allowed, corpus, lint, prompts
+from finetune import allowed, corpus, lineup, lint, prompts
 from finetune.allowed import Span
 from finetune.batches import Epochs, Group, Item, goldfish, micro_batch
 from finetune.conversation import Conversation
@@ -20,7 +20,7 @@ from finetune.estimate import Cost, Length, Looks, plan_looks, steps_per_epoch, 
 from finetune.format import Format
 from finetune.masks import Vocabulary
 from finetune.recipe import Recipe
-from finetune.replay import replayed
+from finetune.replay import one_kind, replayed, unwritten
 from finetune.wardrobe import Wardrobe, dressed
 
 _BACKWARD = 2.0  # a training step costs about this many passes: 4 FLOPs per frozen weight and token, a pass 2
@@ -163,9 +163,11 @@ def gather(recipe: Recipe, vocabulary: Vocabulary, source: Source | None) -> Mat
     formats = _formats(recipe, problems)
     conversations, split = _examples(recipe, source, problems) if source else ({}, _no_split(recipe))
     texts = _texts(recipe, conversations, split, formats, vocabulary, problems)
-    problems += _format_problems(recipe, formats, vocabulary)
+    problems += [*_format_problems(recipe, formats, vocabulary), *one_kind(recipe)]
     refused, warnings = _lint(recipe, conversations, split, formats, vocabulary)
     intended = _intended(recipe, problems)
+    warnings += unwritten(recipe)
+    warnings += lineup.remarks(*({name: formats[name] for name in some if name in formats} for some in _sides(recipe)))
     warnings += allowed.strangers(intended, _answers(conversations.values())) if conversations else ()
     told = dict.fromkeys([*problems, *refused])
     return Material(recipe, vocabulary, formats, conversations, split, texts, tuple(told), tuple(warnings), intended)
@@ -365,9 +367,10 @@ def _too_long(texts: Texts, conversations: Mapping[str, Conversation], limit: in
 
 def _format_problems(recipe: Recipe, formats: Mapping[str, Format], vocabulary: Vocabulary) -> Iterator[Problem]:
     trained, held_out = ([formats[name] for name in names if name in formats] for names in _sides(recipe))
-    for number, name in enumerate(recipe.formats.train):
-        for problem in prompts.prove(formats[name], vocabulary) if name in formats else ():
-            yield replace(problem, file=None, line=None, key=("formats", "train", number))
+    for side, names in zip(("train", "held_out"), _sides(recipe), strict=True):
+        for number, name in enumerate(names):
+            for problem in prompts.prove(formats[name], vocabulary) if name in formats else ():
+                yield replace(problem, file=None, line=None, key=("formats", side, number))
     try:
         clashes = prompts.clashes(trained, held_out, vocabulary)
     except UserError as error:  # the base's template does not carry the small conversation they are compared by

@@ -142,8 +142,8 @@ class Regularise(Section):
     """Chance that a layer is skipped in a training step, so that no single path learns an example by heart."""
     goldfish: Annotated[int, Field(ge=2)] | None = None
     """Leave about every k-th token out of the loss, so that no answer can be learned whole. null trains on all."""
-    self_replay: Share = 0.0
-    """Share of the loss that holds the model to what the base would say: guards old knowledge, slows learning."""
+    self_replay: Annotated[float, Field(ge=0, le=0.9)] = 0.0
+    """Share of supervised tokens that are the base's own answers to everyday questions, written once before."""
 
 
 class Keep(Section):
@@ -280,7 +280,7 @@ class Draft:
 SHAPE = fields.Shape(Recipe)
 _APART: dict[str, Any] = {"held_out": (), "sampled": 0.0, "warmup_steps": 0, "micro_batch": "auto"}  # free of clashes
 _FREE = ("watch", "hub", "report_to", "machine")  # going on with a run may change these
-_LATER = ("regularise.self_replay", "report_to", "hub.repo")
+_LATER = ("report_to", "hub.repo")
 
 
 def load(path: Path | str, sets: Sequence[str] = ()) -> Recipe:

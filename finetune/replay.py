@@ -9,7 +9,7 @@ from pathlib import Path
 from finetune.batches import Item
 from finetune.errors import Problem
 from finetune.masks import Vocabulary
-from finetune.recipe import Replay
+from finetune.recipe import Recipe, Replay
 
 
 def replayed(wanted: Replay | None, limit: int, vocabulary: Vocabulary, problems: list[Problem]) -> Iterator[Item]:
@@ -29,6 +29,21 @@ def replayed(wanted: Replay | None, limit: int, vocabulary: Vocabulary, problems
             yield Item(f"{file.name}:{line}", "", tuple(ids), trained)
     if not files:
         problems.append(Problem("data.replay.path holds no .txt or .jsonl.", "Put general text there.", path))
+
+
+def one_kind(wanted: Recipe) -> Iterator[Problem]:
+    """Text of two kinds mixed in at once would share one share."""
+    if wanted.data.replay is not None and wanted.regularise.self_replay:
+        what = "data.replay and regularise.self_replay both mix text in."
+        yield Problem(what, "Choose one of them.", key=("regularise", "self_replay"))
+
+
+def unwritten(wanted: Recipe) -> Iterator[Problem]:
+    """What a plan without a model cannot count."""
+    if share := wanted.regularise.self_replay:
+        more = f"about {1 / (1 - share):.2g} times as many as counted here"
+        what = f"regularise.self_replay: the base writes its answers first; with them steps are {more}."
+        yield Problem(what, "`sft train` counts them.", key=("regularise", "self_replay"))
 
 
 def _some(token: int | None) -> list[int]:
