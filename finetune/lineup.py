@@ -6,7 +6,7 @@ The numbers are in `eval/formats.yaml`. No model is asked, and no format is rank
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from finetune import grammar, prompts, scaffold, starters, yamlfile
 from finetune.batches import seeded
-from finetune.errors import UserError
+from finetune.errors import Problem, UserError
 from finetune.format import Format
 
 Group = Literal["trained", "held_out", "near", "own", "sampled", "slip"]
@@ -158,6 +158,19 @@ def _asks(fmt: Format) -> str:
 def _stranger(fmt: Format, recipe: Recipe) -> Gauge:
     of = scaffold.near(fmt, recipe.trained)
     return Gauge(fmt, "near" if of else "held_out", of or "")
+
+
+def remarks(trained: Mapping[str, Format], held_out: Mapping[str, Format]) -> Iterator[Problem]:
+    """What is no fault of a recipe and should be known before a night: see prompts.remarks; held-out relations."""
+    for side, formats in (("train", trained), ("held_out", held_out)):
+        for number, fmt in enumerate(formats.values()):
+            for text in prompts.remarks(fmt):
+                remedy = "In a format of your own, take the space out of generation_prompt."
+                yield Problem(text, remedy, key=("formats", side, number))
+    for number, (name, fmt) in enumerate(held_out.items()):
+        if of := scaffold.near(fmt, trained.values()):
+            what = f"held-out format {name} is a near relation of the trained {of}: it is told apart, as near."
+            yield Problem(what, "Hold out a format of another family too.", key=("formats", "held_out", number))
 
 
 def rotation(

@@ -6,11 +6,14 @@ from collections import Counter
 from itertools import islice
 from pathlib import Path
 
+import paper
 import pytest
+import small
 
-from finetune import grammar, lineup, starters
+from finetune import grammar, lineup, plan, recipe, starters
 from finetune.errors import UserError
 from finetune.lineup import Recipe
+from finetune.masks import Vocabulary
 from finetune.prompts import NATIVE, PROBE, load, prompt_text
 
 SUITE = lineup.suite()
@@ -93,3 +96,46 @@ def test_a_suite_with_faults_names_every_line(tmp_path: Path) -> None:
     with pytest.raises(UserError) as told:
         lineup.suite(tmp_path / "b.yaml")
     assert {one.what.partition(":")[0] for one in told.value.problems} == {"early", "each", "eech"}
+
+
+# --- planted faults
+
+
+PLANTED = {
+    "a space after the generation prompt": ('generation_prompt: "A>"', 'generation_prompt: "A> "', "ends in a space"),
+    "a doubled BOS": ('user_prefix: "Q> "', 'user_prefix: "<s><s>Q> "', "two BOS begin the text"),
+    "a relation": ('user_prefix: "Q> "', 'user_prefix: "<|im_start|> USER\\n"', "near relation of the trained chatml"),
+}
+
+
+@pytest.mark.parametrize("side", ["train", "held_out"])
+@pytest.mark.parametrize("fault", PLANTED)
+def test_a_fault_of_an_own_format_is_told_by_name(tmp_path: Path, fault: str, side: str) -> None:
+    """Refused or remarked on, wherever the format is listed; nothing is said of the sound one."""
+    old, new, told = PLANTED[fault]
+    sound = (
+        'name: mine\nfamily: mine\nuser_prefix: "Q> "\nuser_suffix: "\\n"\nassistant_prefix: "A> "\n'
+        'generation_prompt: "A>"\nassistant_suffix: "\\n"\nend: ""\nstop_strings: ["\\nQ>"]\n'
+    )
+    vocabulary = paper_vocabulary(tmp_path)
+    for text, wanted in ((sound, False), (sound.replace(old, new), fault != "a relation" or side == "held_out")):
+        names = {"train": ["chatml", "alpaca"], "held_out": ["zephyr"]}
+        file = tmp_path / f"{len(text)}.yaml"  # a file is read once
+        file.write_text(text)
+        names[side].append(str(file))
+        found = plan.gather(recipe.load(small.recipe(tmp_path, 4, formats=names)), vocabulary, plan.Source())
+        said = [one.what for one in (*found.problems, *found.warnings)]
+        assert any(told in one for one in said) is wanted, said
+
+
+def test_a_format_that_nothing_ends_is_refused_on_both_sides(tmp_path: Path) -> None:
+    mute = Vocabulary.of(paper_vocabulary(tmp_path).tokenizer, "<s>", None)
+    found = plan.gather(recipe.load(small.recipe(tmp_path, 4, formats={"held_out": ["tulu"]})), mute, plan.Source())
+    assert {one.what.split(":")[0] for one in found.problems if "nothing ends an answer" in one.what} == {
+        "format alpaca",
+        "format tulu",
+    }
+
+
+def paper_vocabulary(folder: Path) -> Vocabulary:
+    return Vocabulary.load(paper.base(folder / "base"))
