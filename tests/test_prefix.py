@@ -6,13 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small
 import tiny
 import torch
+from rich.console import Console
 
-from finetune import depot, model, prefix
+from finetune import depot, model, night, orders, prefix, runs
 from finetune.depot import Depot
 from finetune.errors import UserError
+from finetune.orders import Order
 from finetune.prefix import Source
+from finetune.screen import Screen
 from finetune.speak import Speaker
 from finetune.train import summed_nll
 
@@ -195,3 +199,27 @@ def test_a_full_shelf_keeps_what_this_run_needs_and_drops_what_is_longest_unused
 def test_depot_lies_in_the_users_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert depot.home() == tmp_path / "minisymposium" / "prefix"
+
+
+def trained(folder: Path, name: str, **changes: Any) -> runs.RunFolder:
+    path = small.recipe(folder, lora={"rank": 4, "alpha": 4, "layers": {"top": 1}}, **changes)
+    outcome = night.run(orders.read(Order(str(path), out=folder / name)), Screen(Console(quiet=True)))
+    return runs.RunFolder(outcome.folder)
+
+
+def losses(run: runs.RunFolder, kind: str) -> list[float]:
+    return [row["nll" if kind == "look" else "loss"] for row in runs.read_lines(run.metrics) if row["kind"] == kind]
+
+
+def test_a_night_on_stored_activations_is_the_same_night(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    stored = trained(tmp_path, "stored", formats={"sampled": 0.3})
+    whole = trained(tmp_path, "whole", formats={"sampled": 0.3}, machine={"prefix_gib": 0})
+    for kind in ("step", "look"):
+        assert losses(stored, kind) == pytest.approx(losses(whole, kind), rel=1e-4)
+    asked = [[row["answer"] for row in runs.read_lines(run.samples)][:2] for run in (stored, whole)]  # the base's own
+    assert asked[0] == asked[1]
+    told = runs.read_json(stored.run_json)["derived"]
+    assert told["stored_activations_gib"]["value"] > 0
+    assert "stored_activations_gib" not in runs.read_json(whole.run_json)["derived"]
+    assert list((tmp_path / "cache").rglob("*.safetensors"))
