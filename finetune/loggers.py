@@ -50,6 +50,15 @@ def _known(row: Row, keys: Iterable[str], under: str) -> Iterator[tuple[str, flo
             yield f"{under}/{key}", float(row[key])
 
 
+def shared(settings: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, float]]:
+    """Of a recipe what is a number: no path, no question of the user's, no name leaves the machine."""
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from shared(value, f"{above}{key}.")
+        elif isinstance(value, int | float):
+            yield f"{above}{key}", float(value)
+
+
 class Loggers:
     """All that a recipe names. Rows of a step are sent once; a run that goes on begins where it was. Use `with`."""
 
@@ -90,7 +99,7 @@ def missing(names: Iterable[str]) -> Iterator[UserError]:
 def start(
     names: Iterable[str], folder: Path, settings: Mapping[str, Any], note: Callable[[str], object] = print
 ) -> Loggers:
-    """Begin with a run folder's name. `settings`: the recipe, told to those who keep it. Errors: UserError."""
+    """Begin with a run folder's name. `settings`: the recipe; its numbers are sent. Errors: UserError."""
     names = list(names)
     problems = [problem for error in missing(names) for problem in error.problems]
     if problems:
@@ -126,8 +135,11 @@ class _Cloud:
     def __init__(self, module: str, folder: Path, settings: Mapping[str, Any]) -> None:
         self._module: Any = importlib.import_module(module)
         name = folder.resolve().name
-        again = {"resume": "allow", **({"id": name} if module == "wandb" else {})}
-        self._module.init(project=PROJECT, name=name, config=dict(settings), **again)
+        own: dict[str, Any] = {}
+        if module == "wandb":  # it would also send what is printed, the code and the packages of this machine
+            quiet = {"console": "off", "disable_code": True, "disable_git": True, "silent": True}
+            own = {"id": name, "settings": self._module.Settings(**quiet)}
+        self._module.init(project=PROJECT, name=name, config=dict(shared(settings)), resume="allow", **own)
 
     def log(self, numbers: Mapping[str, float], step: int) -> None:
         self._module.log(dict(numbers), step=step)

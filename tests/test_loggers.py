@@ -51,6 +51,11 @@ def test_a_row_becomes_numbers_with_lasting_names_and_nothing_else() -> None:
     assert all(isinstance(value, float) for value in found.values())
 
 
+def test_of_a_recipe_only_numbers_leave_the_machine() -> None:
+    settings = {"epochs": 3, "data": {"train": "/home/me/diary"}, "watch": {"prompts": ["Is she ill?"], "budget": 0.05}}
+    assert dict(loggers.shared(settings)) == {"epochs": 3.0, "watch.budget": 0.05}
+
+
 def test_a_dashboard_that_fails_is_dropped_and_the_others_go_on() -> None:
     notes: list[str] = []
     good, bad = Kept(), Kept(patience=1)
