@@ -279,9 +279,12 @@ class World:
             raise ValueError(f"not a question of this world: {question!r}")
         return any(known)
 
-    def draw_question(self, rng: Random, part: Part = "seen") -> Asked:
+    def draw_question(self, rng: Random, part: Part = "seen", told: bool = False) -> Asked:
+        """By weight among all kinds, or among those alone that ask for what was `told` just before."""
         while True:
             (kind,) = rng.choices(list(self.kinds.values()), self.weights)
+            if told and not kind.told:
+                continue
             asked = kind.draw_question(rng)
             if kind.held_out(asked.question) == (part == "unseen"):
                 return asked
