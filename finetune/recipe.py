@@ -280,7 +280,7 @@ class Draft:
 SHAPE = fields.Shape(Recipe)
 _APART: dict[str, Any] = {"held_out": (), "sampled": 0.0, "warmup_steps": 0, "micro_batch": "auto"}  # free of clashes
 _FREE = ("watch", "hub", "report_to", "machine")  # going on with a run may change these
-_LATER = ("report_to", "hub.repo")
+_LATER = ("report_to",)
 
 
 def load(path: Path | str, sets: Sequence[str] = ()) -> Recipe:
