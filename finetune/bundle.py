@@ -78,7 +78,7 @@ def require(place: Path, needs: float) -> None:
     """Errors: UserError where the disk of a folder has less room than `needs` bytes, and a little."""
     free = shutil.disk_usage(place).free
     if needs * 1.02 + 2**20 > free:
-        what = f"this needs {needs / _GIB:.1f} GiB and {free / _GIB:.1f} GiB are free."
+        what = f"this needs {size(needs)} and {size(free)} are free."
         raise refuse(what, "Free some space, or name a folder on another disk with --out.", place)
 
 
@@ -93,6 +93,11 @@ def prove_no_path(folder: Path, secrets: Sequence[Path]) -> None:
         for one in spelled:
             if one.encode() in head:
                 raise RuntimeError(f"{name} names a place of this machine: {one}")
+
+
+def size(count: float) -> str:
+    """Bytes in words."""
+    return f"{count / _GIB:.2f} GiB" if count >= _GIB else f"{count / 2**20:.1f} MiB"
 
 
 def _readme(made: Bundle) -> str:

@@ -6,7 +6,7 @@ nothing and changes nothing else in a run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,19 @@ class Done:
     def as_dict(self) -> dict[str, Any]:
         """For `--json`."""
         return {"folder": str(self.folder), **self.about}
+
+
+def told(done: Done) -> Iterator[str]:
+    """For a terminal: what lies where, what was verified, what to mind, what to do next."""
+    yield f"Wrote {done.folder}"
+    for name, count in done.about["files"].items():
+        yield f"  {name}  {bundle.size(count)}"
+    for title, rows in (("Verified", done.about["verified"]), ("Mind", done.about["warnings"])):
+        if rows:
+            yield title
+            yield from (f"  {row}" for row in rows)
+    yield "Next"
+    yield from (f"  {one['program']}: {one['do']}" for one in done.about["next"])
 
 
 def export(run: Opened, wish: Wish, tell: Tell = lambda _line: None) -> Done:

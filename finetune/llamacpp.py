@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -69,6 +70,9 @@ def _there(asked: dict[str, Any]) -> tuple[list[str], list[list[int]]]:
         params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(asked["adapter"], 1.0)]
     params.n_ctx, params.n_parallel, params.n_gpu_layers = _CONTEXT, 1, 0
     params.verbosity, params.warmup, params.port = -1, False, 0
+    # its threads wait for one another spinning: where another program has a core, each token takes a second
+    threads = int(os.environ.get("OMP_NUM_THREADS", max(1, (os.cpu_count() or 2) - 1)))
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     server = xllamacpp.Server(params)
     return [_answer(server, one, asked["tokens"]) for one in asked["prompts"]], [
         _ids(server, text) for text in asked["texts"]

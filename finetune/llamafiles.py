@@ -103,7 +103,7 @@ def write_model(errand: Errand, plan: Merge, path: Path, name: str, made: Bundle
         gguffile.write_model(path, writer, shape, _weights(plan, shape.config), dtype)
         made.facts["written_by"] = "sft"
     tensors = len(gguf.GGUFReader(path).tensors)
-    made.verified.append(f"{path.name}: {tensors} tensors read back, {path.stat().st_size / 2**30:.2f} GiB")
+    made.verified.append(f"{path.name}: {tensors} tensors read back, {bundle.size(path.stat().st_size)}")
 
 
 def _weights(plan: Merge, config: Any) -> Iterator[Weight]:

@@ -79,7 +79,8 @@ def told_of_rounding(made: Bundle, count: Count, dtype: str) -> None:
     if count.lost is None or count.still_share is None:
         return
     made.facts |= {"weights_meant": count.entries, "weights_unchanged": count.still, "change_lost": count.lost}
-    told = f"{count.still:,} of {count.entries:,} weights stayed as they were; {count.lost:.1%} of the change is lost"
+    told = f"{count.still:,} of {count.entries:,} weights stayed as they were"
+    told += f"; {max(count.lost, 0):.1%} of the change is lost"
     if count.lost > _SWALLOWED:
         finer = "--dtype f32" if dtype in ("f32", "f16") else "--dtype f16 or f32"
         where = "keep the adapter beside its base (adapter/, or --to gguf and --to ollama)"
@@ -119,11 +120,12 @@ def _check_scores(errand: Errand, made: Bundle) -> None:
     base = reread.base_readings(worn, passages)
     before, after = (reread.scores(heard, one, passages, base) for one in (worn.speaker, reader))
     if found is not None:
-        _told_of_gap(made, found)
+        _told_of_gap(made, found, f"{errand.opened.recipe.quantization} weights" if unpacked else "")
     _told_of_scores(made, before, after)
 
 
-def _told_of_gap(made: Bundle, gap: Gap) -> None:
+def _told_of_gap(made: Bundle, gap: Gap, trained_in: str) -> None:
+    """`trained_in`: what the base was packed in, where the files hold another one."""
     made.facts["logits"] = vars(gap)
     made.verified.append(
         f"logits at {gap.tokens} answer tokens: the files are {gap.gap:.4f} (rms; largest {gap.largest:.3f}) from the"
@@ -131,7 +133,10 @@ def _told_of_gap(made: Bundle, gap: Gap) -> None:
     )
     made.verified.append(f"KL from the trained model, nats per token: files {gap.kl:.5f}, base {gap.kl_effect:.5f}")
     if gap.lost is not None and gap.lost > _SWALLOWED:
-        made.warnings.append(f"{min(gap.lost, 1):.0%} of what the adapter does to the logits differs in the files.")
+        told = f"{min(gap.lost, 1):.0%} of what the adapter does to the logits differs in the files"
+        made.warnings.append(
+            f"{told}: it was trained on {trained_in}. Closer: --onto dequantised" if trained_in else told
+        )
 
 
 def _told_of_scores(made: Bundle, before: Scores, after: Scores) -> None:

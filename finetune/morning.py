@@ -161,11 +161,13 @@ def push(
     """
     terminal.quiet_libraries()
     from finetune import hub, parcel
+    from finetune import report as page
     from finetune.runs import RunFolder
 
     folder = RunFolder(run)
     wish = hub.resumed(folder) if resume else parcel.wish(folder, to, public, with_texts, anyway)
-    made = parcel.make(folder, wish)
+    parcel.allowed(folder, wish)
+    made = parcel.make(folder, wish, page.Writer(run).html(texts=wish.with_texts))
     for remark in made.remarks:
         typer.echo(tables.harmless(remark), err=True)
     if dry:
@@ -229,9 +231,49 @@ def report(
         raise refuse("no browser could be opened.", "Open the file yourself.", path)
 
 
+def export(
+    run: Run,
+    to: Annotated[str, typer.Option("--to", metavar="KIND", help="merged, gguf, ollama or presets.")],
+    fmt: Annotated[
+        str | None, typer.Option("--format", metavar="F", help="A trained format; the first one otherwise.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Where it goes; RUN/export/KIND otherwise.")
+    ] = None,
+    onto: Annotated[
+        str, typer.Option("--onto", metavar="BASE", help="base, as published, or dequantised, as it was trained on.")
+    ] = "base",
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", metavar="D", help="f16, bf16, f32; for gguf and ollama q8_0 too.")
+    ] = None,
+    sets: Annotated[
+        list[str],
+        typer.Option("--set", metavar="KEY=VALUE", help="only=adapter|model, from=NAME, converter=DIR, check=no."),
+    ] = [],  # noqa: B006  # typer reads it, nothing writes it
+    as_json: terminal.AsJson = False,
+) -> None:
+    """Files for other programs: merged weights, llama.cpp's, Ollama's, instruct presets.
+
+    Each is read again by the program it is for, where that is installed, and a folder is whole or not there. `from`
+    is a model Ollama knows, `converter` the folder of llama.cpp's scripts (else $LLAMA_CPP, PATH, or our own writer).
+    """
+    terminal.quiet_libraries()
+    from finetune import errand, opened
+
+    wish = errand.wish(to, fmt, out, onto, dtype, sets)
+    from finetune import export as goods
+
+    done = goods.export(opened.read(run), wish, lambda line: typer.echo(tables.harmless(line), err=True))
+    if as_json:
+        typer.echo(json.dumps(done.as_dict(), indent=2))
+        return
+    terminal.lines(tables.harmless(line) for line in goods.told(done))
+
+
 VERBS: tuple[tuple[Callable[..., Any], str], ...] = (  # (verb, example)
     (eval, "sft eval runs/quickstart --only echo"),
     (report, "sft report runs/quickstart --open"),
     (chat, "sft chat runs/quickstart --format alpaca"),
+    (export, "sft export runs/quickstart --to gguf"),
     (push, "sft push runs/quickstart --to me/quickstart-lora"),
 )
