@@ -32,6 +32,7 @@ _JUDGED_AFTER = 50  # steps past the warm-up after which an adapter must have mo
 _SAVE_SHARE = 0.02  # of wall time that checkpoints between looks may take
 _SAVE_BOUNDS = (20.0, 600.0)  # seconds between two of them
 _HELD_OUT_QUESTIONS = 2
+_HOW = {"words": "8-word echo", "long": "50-token echo", "whole": "whole echo"}
 _APART = 1.25  # an alarm calls for a full look once the travel is so many times that of the last one
 
 
@@ -138,7 +139,7 @@ class Vigil:
         ]
         rows = self.hearing.free(said, self._place("free", step, progress))
         runs.append_lines(self.run.examples, rows)
-        alarms(rows, self._alarms)
+        self._hear_alarms(rows)
         base = self.hearing.base.seconds - asked
         return {"listening": time.monotonic() - began - base, "base_seconds": base}
 
@@ -198,9 +199,16 @@ class Vigil:
         self.screen.look(rows, samples, self._weigh(step))
 
     def _remember(self, place: Place, examples: Sequence[Mapping[str, Any]], added: bool) -> None:
-        alarms(examples, self._alarms)
+        self._hear_alarms(examples)
         self._full += [(place.step, place.travel)] if place.kind == "full" else []
         self._added |= {place.step} if added else set()
+
+    def _hear_alarms(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """First echoes also go into the log, as they come."""
+        known = set(self._alarms)
+        for name, kind in [one for one in alarms(rows, self._alarms) if one not in known]:
+            row = self._alarms[name, kind]
+            self.run.note(f"first {_HOW[kind]} of {name}: epoch {row['epoch']:.2f}, {row['format']}, {row['map']}")
 
     def _weigh(self, step: int) -> dict[str, Any] | None:
         """Judge the run as it stands; a verdict that the recipe does not bear ends it, before its last step."""
@@ -209,6 +217,7 @@ class Vigil:
             return None
         if step < self.plan.length.total and verdict.asks_to_stop(last.verdict, self.watch.stop_at):
             self.stopped_by = last.verdict
+            self.screen.say(f"Stopping: {last.verdict} at epoch {last.facts.epoch:g} (watch.stop_at).")
         return measured(last)
 
     def _place(self, kind: str, step: int, progress: Progress) -> Place:

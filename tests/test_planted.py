@@ -328,3 +328,17 @@ def test_a_doubled_bos_is_refused_by_name(tmp_path: Path) -> None:
     )
     told = refused(tmp_path, examples(random.Random(10)), formats={"train": [str(tmp_path / "twice.yaml")]})
     assert "format twice: two BOS begin the text" in told
+
+
+def test_check_refuses_them_by_name_before_a_night(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    some = examples(random.Random(11))
+    some["copy"] = (f"{some['e00'][0]} then", some["e00"][1])
+    with pytest.raises(UserError):
+        planned(tmp_path, some)
+    code, out, err = paper.Door(capsys, monkeypatch)("check", tmp_path / "r.yaml")
+    assert code == 2
+    assert "talk/copy.md" in out + err
+    assert "e00" in out + err

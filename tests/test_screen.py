@@ -153,6 +153,21 @@ def test_without_a_terminal_there_are_plain_lines() -> None:
     assert not any(line.startswith("╭") for line in lines)
 
 
+JUDGED = {"verdict": "watch", "recited": (3, 34), "whole": (1, 40), "change": -0.12345}
+
+
+@pytest.mark.parametrize("console", [terminal(), terminal(72), paper()], ids=["live", "narrow", "plain"])
+def test_a_look_says_its_verdict_who_recites_and_what_became_of_held_out_loss(console: Console) -> None:
+    screen = Screen(console)
+    text = flat(shown(screen, console, lambda: screen.look([look(6, 2.9)], [], JUDGED)))
+    for wanted in ("watch", "3 of 34 recite 50 tokens", "1 of 40 whole", "held-out -0.12345"):
+        assert wanted in text, wanted
+    unknown = {"verdict": "underpowered", "recited": None, "whole": None, "change": None}
+    again = type(console)(file=io.StringIO(), record=True, force_terminal=False)
+    Screen(again).look([look(6, 2.9, "train")], [], unknown)
+    assert "underpowered · nothing measured yet · train 2.90000" in flat(again.export_text())
+
+
 def test_plain_lines_are_told_now_and_then_only(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [100.0]
     monkeypatch.setattr("finetune.screen.time.monotonic", lambda: clock[0])

@@ -100,6 +100,8 @@ def test_every_look_says_its_verdict_on_the_screen(reciting: Reciting) -> None:
     assert "·" not in lines[0], "the base is not judged"
     assert all(" · " in line and "held-out -" in line for line in lines[1:])
     assert "watch · " in lines[-1] or "overfit · " in lines[-1]
+    assert "(watch.stop_at)." in told
+    assert "first 8-word echo of " in (reciting[1] / "log.txt").read_text()
 
 
 def test_an_alarm_calls_for_a_full_look_that_was_not_planned(reciting: Reciting) -> None:
