@@ -96,24 +96,30 @@ class Parcel:
 
 
 def make(folder: RunFolder, wish: Wish, report: str | None = None) -> Parcel:
-    """All files, checked. `report`: a page made without training text; the run's own is sent with texts only.
+    """All files, checked. `report`: the page, made without training text unless texts were asked for.
 
     Errors: UserError with every reason not to send it.
     """
-    if not folder.adapter.is_dir() or not folder.verdict.is_file():
-        raise refuse("has no adapter or no verdict yet.", "Let it go on, or `sft eval` it.", folder.path)
-    told = recipe.load_resolved(folder.recipe)
-    run = card.read(folder, told)
-    if run.verdict.get("verdict") == "overfit" and not wish.anyway:
-        what = f"its verdict is overfit: {run.verdict.get('reason')}"
-        raise refuse(what, "Choose an earlier epoch's run, or say --anyway; the card will say so.", folder.path)
-    examples = card.dataset(told)
+    run = allowed(folder, wish)
+    examples = card.dataset(run.recipe)
     remarks = [] if examples else ["The dataset is not on this disk: it was not searched for secrets."]
-    items = [*_always(run), *_page(run, wish, report, remarks), *(_texts(run) if wish.with_texts else ())]
+    page = [] if report is None else [Item("report.html", report.encode())]
+    items = [*_always(run), *page, *(_texts(run) if wish.with_texts else ())]
     parcel = Parcel(run, wish, tuple(items), tuple(examples), tuple(remarks))
     if problems := list(_faults(parcel)):
         raise UserError(problems)
     return parcel
+
+
+def allowed(folder: RunFolder, wish: Wish) -> Run:
+    """The run, where it may be sent at all. Errors: UserError."""
+    if not folder.adapter.is_dir() or not folder.verdict.is_file():
+        raise refuse("has no adapter or no verdict yet.", "Let it go on, or `sft eval` it.", folder.path)
+    run = card.read(folder, recipe.load_resolved(folder.recipe))
+    if run.verdict.get("verdict") == "overfit" and not wish.anyway:
+        what = f"its verdict is overfit: {run.verdict.get('reason')}"
+        raise refuse(what, "Choose an earlier epoch's run, or say --anyway; the card will say so.", folder.path)
+    return run
 
 
 # --- files
@@ -154,16 +160,6 @@ def _named(value: Any) -> Any:
     if isinstance(value, list):
         return [_named(one) for one in value]
     return Path(value).name if isinstance(value, str) and os.path.isabs(value) else value
-
-
-def _page(run: Run, wish: Wish, report: str | None, remarks: list[str]) -> Iterator[Item]:
-    """The report: as it is with texts, else only one that was made without them."""
-    if report is not None:
-        yield Item("report.html", report.encode())
-    elif wish.with_texts and run.folder.report.is_file():
-        yield Item("report.html", run.folder.report.read_bytes())
-    elif run.folder.report.is_file():
-        remarks.append("report.html quotes the dataset: it stays here, unless you say --with-texts.")
 
 
 def _texts(run: Run) -> Iterator[Item]:

@@ -43,9 +43,11 @@ def _rows() -> list[dict[str, Any]]:
         for name, (_, base, tuned) in FORMATS.items():
             bpb = base + part * (tuned - base)
             found = {"nll": 2 * bpb, "nll_tstar": 2 * bpb, "accuracy": 0.4 + 0.2 * part, "bpb": bpb}
+            found |= {"tokens": 100, "moved": 1.0 if step else 0.0, "distance": step * 0.1}
             rows.append({**where, "split": "held_out", "format": name, **found})
         if step:
-            rows.append({"kind": "step", "step": step, "epoch": step / 3, "loss": 1.0, "tokens": 400, "seconds": 5.0})
+            trained = {"lr": 1e-3, "travel": step * 1e-3, "loss": 1.0, "grad_norm": 1.0, "tokens": 400, "gib": 1.0}
+            rows.append({"kind": "step", "step": step, "epoch": step / 3, **trained, "seconds": 5.0})
     return rows
 
 

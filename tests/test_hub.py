@@ -147,12 +147,9 @@ def test_a_second_push_sends_nothing_and_makes_no_commit(there: Hub, run: RunFol
 def test_texts_go_only_when_asked_and_are_taken_out_again(there: Hub, run: RunFolder) -> None:
     runs.append_lines(run.samples, [{"prompt": "Rain?", "answer": "Yes, I like the rain on most days."}])
     run.report.write_text("<p>The rain helps the field number 0.</p>")
-    made = parcel.make(run, Wish("me/rain"))
-    assert {item.name for item in made.items} == ALWAYS - {"README.md"}
-    assert "stays here" in made.remarks[0]
     push(run, with_texts=True)
     files = there.repos["me/rain"].files
-    assert {"samples.jsonl", "split.json", "report.html", "dataset/examples/rain.md"} <= set(files)
+    assert {"samples.jsonl", "split.json", "dataset/examples/rain.md"} <= set(files)
     assert not [name for name in files if "checkpoint" in name or "training_args" in name or "log" in name]
     _, told = push(run)
     assert set(there.repos["me/rain"].files) - {".gitattributes"} == ALWAYS
@@ -403,7 +400,7 @@ def test_sft_push_from_a_shell(server: Hub, there: Hub, run: RunFolder) -> None:
     done = subprocess.run(words, env=os.environ | given, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     commit = there.repos["me/rain"].commits[-1][:12]
-    assert done.stdout == f"{server.url}/me/rain  private, 5 files, commit {commit}\n"
+    assert done.stdout == f"{server.url}/me/rain  private, 6 files, commit {commit}\n"
 
 
 @pytest.fixture
@@ -415,10 +412,10 @@ def test_push_says_where_to_and_json(there: Hub, run: RunFolder, sft: paper.Door
     assert "sft push needs --to" in sft("push", run.path)[2]
     assert "is no name on the Hub" in sft("push", run.path, "--to", "a/b/c")[2]
     assert "is no run" in sft("push", run.path.parent, "--to", "me/rain")[2]
-    code, out, _ = sft("push", run.path, "--to", "me/rain", "--json")
-    assert code == 0
+    code, out, err = sft("push", run.path, "--to", "me/rain", "--json")
+    assert (code, err) == (0, "")
     told = json.loads(out)
-    assert (told["repo"], told["private"], told["files"]) == ("me/rain", True, 5)
+    assert (told["repo"], told["private"], told["files"]) == ("me/rain", True, 6)
     code, out, err = sft("push", run.path, "--resume")
     assert (code, err) == (0, "")
     assert "nothing new" in out
@@ -429,7 +426,10 @@ def test_a_dry_run_shows_the_card_and_asks_no_network(there: Hub, run: RunFolder
     assert code == 0
     assert out.startswith("me/rain, private: nothing was sent\n")
     assert "**Verdict: ok.**" in out
-    assert json.loads(sft("push", run.path, "--to", "me/x", "--dry-run", "--json")[1])["files"].keys() == ALWAYS
+    assert json.loads(sft("push", run.path, "--to", "me/x", "--dry-run", "--json")[1])["files"].keys() == {
+        *ALWAYS,
+        "report.html",
+    }
     assert there.seen == []
     assert not (run.path / hub.STATE).exists()
 
