@@ -1,0 +1,181 @@
+"""What keeps a base's knowledge while it learns: remedies side by side, each read where its training loss is the same.
+
+    .venv/bin/python tests/bench/drift_remedies.py [RECIPE] [FOLDER] [key=value ...]
+
+By default `recipes/quickstart.yaml`, a look every two epochs. The loss to meet is the highest of the lowest ones that
+the remedies reach, so that all of them have a look near it; how near is printed. Held-out: nats per token at the best
+temperature, against the base. Echo: 8-word windows of trained answers in excess. Transfer: gain in each held-out format
+as a share of the mean gain in trained ones, median and least. Runs are kept in FOLDER if one is named.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from random import Random
+from statistics import fmean, median
+from typing import Any
+
+from rich.console import Console
+
+from finetune import forgotten, night, opened, orders, plan, prompts, runs, tables, world
+from finetune.batches import Epochs, Item
+from finetune.forgotten import Summary
+from finetune.masks import encode
+from finetune.opened import Opened
+from finetune.plan import Plan
+from finetune.runs import RunFolder
+from finetune.screen import Screen
+
+ROOT = Path(__file__).resolve().parents[2]
+Row = Mapping[str, Any]
+Change = Callable[[Plan], Plan]
+
+
+def unchanged(made: Plan) -> Plan:
+    """As planned."""
+    return made
+
+
+def asked_otherwise(made: Plan) -> Plan:
+    """Every second epoch an example with a twin is trained under the twin's question. No recipe can say this."""
+    twins, wardrobe = made.split.twins, made.texts.wardrobe
+
+    def worn(epoch: int, example: str) -> Sequence[str]:
+        names = wardrobe.worn(epoch, example)
+        return [f"twin:{name}" for name in names] if epoch % 2 and example in twins else names
+
+    def item(example: str, name: str) -> Item:
+        if not name.startswith("twin:"):
+            return wardrobe.item(example, name)
+        one, format_ = made.conversations[example].asked(twins[example]), made.formats[name.removeprefix("twin:")]
+        tokens = encode(prompts.render(one, format_, made.vocabulary), made.vocabulary)
+        return Item(example, "", tokens.ids, tokens.trained)
+
+    recipe = made.recipe
+    epochs = Epochs(item, made.split.train, worn, recipe.seed, recipe.shuffle, recipe.batch_size)
+    return replace(made, epochs=epochs)
+
+
+def remedies(text: Path) -> Iterator[tuple[str, list[str], Change]]:
+    """(name, settings, change of the plan). `text`: general text of the base's own kind."""
+    yield "none", [], unchanged
+    for share in (0.1, 0.5):
+        yield f"replay {share:.0%}", [f"data.replay={{path: {text}, share: {share}}}"], unchanged
+    for share in (0.1, 0.5):
+        yield f"self-replay {share:.0%}", [f"regularise.self_replay={share}"], unchanged
+    yield "LoRA dropout 0.1", ["lora.dropout=0.1"], unchanged
+    yield "stochastic depth 0.2", ["regularise.stochastic_depth=0.2"], unchanged
+    yield "top 2 of 4 layers", ["lora.layers={top: 2}"], unchanged
+    yield "goldfish 4", ["regularise.goldfish=4"], unchanged
+    yield "paraphrased prompts", [], asked_otherwise
+
+
+def general(folder: Path, count: int = 300) -> Path:
+    """Paragraphs of pocket's world, none of them held out or measured."""
+    draw = Random(11)
+    rows = [" ".join(world.world().draw_text(draw) for _ in range(draw.randint(1, 3))) for _ in range(count)]
+    path = folder / "general.jsonl"
+    path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    return path
+
+
+def trained(recipe: Path, folder: Path, sets: Sequence[str], change: Change) -> Opened:
+    """A finished run. A plan of night's own making is changed on its way: this measures what a recipe cannot say."""
+    task = orders.read(orders.Order(str(folder if folder.exists() else recipe), out=None if folder.exists() else folder,
+                                    sets=() if folder.exists() else tuple(sets)))  # fmt: skip
+    make = plan.make
+    plan.make = lambda *given, **named: change(make(*given, **named))
+    try:
+        night.run(task, Screen(Console(file=io.StringIO())))
+    finally:
+        plan.make = make
+    return opened.read(folder)
+
+
+@dataclass(frozen=True)
+class Read:
+    """A remedy at one of its looks."""
+
+    name: str
+    epoch: float
+    loss: float
+    held_out: float
+    echo: float | None
+    transfer: tuple[float, float] | None
+    drift: Summary
+
+
+def course(run: RunFolder) -> dict[int, float]:
+    """Training loss at every full look."""
+    rows = [row for row in runs.read_lines(run.metrics) if row["kind"] == "look" and row["split"] == "train"]
+    return {row["step"]: row["nll"] for row in rows if row["step"] > 0}
+
+
+def read(name: str, run: Opened, loss: float) -> Read:
+    """At the look whose training loss is nearest."""
+    losses = course(run.run)
+    step = min(losses, key=lambda one: abs(losses[one] - loss))
+    metrics = [row for row in runs.read_lines(run.run.metrics) if row["kind"] == "look" and row["split"] == "held_out"]
+    at = {when: {row["format"]: row for row in metrics if row["step"] == when} for when in (0, step)}
+    first = run.plan.first_format
+    drift = forgotten.summary(runs.read_lines(run.run.findings), step)
+    assert drift is not None
+    held_out = at[step][first]["nll_tstar"] - at[0][first]["nll_tstar"]
+    return Read(name, run.epoch(step), losses[step], held_out, echo(run.run, step, first), transfer(at, run), drift)
+
+
+def echo(run: RunFolder, step: int, first: str) -> float | None:
+    """Share of 8-word windows of trained answers echoed in excess."""
+    rows = [row for row in runs.read_lines(run.examples) if row["step"] == step and row["split"] == "train"]
+    some = [row["windows"] for row in rows if row["format"] == first and row.get("windows")]
+    total = sum(of for _, of in some)
+    return sum(yes for yes, _ in some) / total if total else None
+
+
+def transfer(at: Mapping[int, Mapping[str, Row]], run: Opened) -> tuple[float, float] | None:
+    """Median and least over held-out formats."""
+    (base, now), formats = at.values(), run.recipe.formats
+    gains = {name: base[name]["bpb"] - now[name]["bpb"] for name in base if name in now}
+    own = fmean(gains[name] for name in formats.train if name in gains)
+    others = [gains[name] / own for name in formats.held_out if name in gains]
+    return (median(others), min(others)) if others and own > 0 else None
+
+
+def line(one: Read) -> list[str]:
+    moved = {each.axis: each.change for each in one.drift.moved}
+    changes = ["-" if (found := moved.get(axis)) is None else f"{found.value:+.4f}" for axis in ("general", "kl")]
+    kept = one.drift.facts
+    known = "-" if kept is None else f"{kept.kept} of {kept.sure}"
+    carried = "-" if one.transfer is None else f"{one.transfer[0]:.2f} / {one.transfer[1]:.2f}"
+    heard = "-" if one.echo is None else f"{one.echo:.1%}"
+    return [one.name, f"{one.epoch:.0f}", f"{one.loss:.3f}", f"{one.held_out:+.3f}", heard, carried, *changes, known]
+
+
+HEAD = ["remedy", "epoch", "train loss", "held-out", "echo", "transfer", "general bpb", "KL", "facts kept"]
+
+
+def main(recipe: str = str(ROOT / "recipes/quickstart.yaml"), folder: str = "", *sets: str) -> None:
+    with tempfile.TemporaryDirectory() as work:
+        place = Path(folder or work)
+        place.mkdir(parents=True, exist_ok=True)
+        text = general(place)
+        done = {}
+        for name, own, change in remedies(text):
+            where = place / name.replace(" ", "-").replace("%", "")
+            usual = ["watch.every=2", "watch.stop_at=never", "watch.budget=1.0"]
+            done[name] = trained(Path(recipe), where, [*usual, *sets, *own], change)
+            print(f"{name}: lowest training loss {min(course(done[name].run).values()):.3f}", flush=True)
+        loss = max(min(course(run.run).values()) for run in done.values())
+        rows = [HEAD, *(line(read(name, run, loss)) for name, run in done.items())]
+        print(f"\nat training loss {loss:.3f} nats per token")
+        print("\n".join(tables.columns(rows)))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
