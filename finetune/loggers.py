@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import io
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -136,13 +138,15 @@ class _Cloud:
         self._module: Any = importlib.import_module(module)
         name = folder.resolve().name
         own: dict[str, Any] = {}
-        if module == "wandb":  # it would also send what is printed, the code and the packages of this machine
+        if module == "wandb":  # it would also send what is printed, and code
             quiet = {"console": "off", "disable_code": True, "disable_git": True, "silent": True}
             own = {"id": name, "settings": self._module.Settings(**quiet)}
-        self._module.init(project=PROJECT, name=name, config=dict(shared(settings)), resume="allow", **own)
+        with redirect_stdout(io.StringIO()):  # trackio talks there, where --json prints its document
+            self._module.init(project=PROJECT, name=name, config=dict(shared(settings)), resume="allow", **own)
 
     def log(self, numbers: Mapping[str, float], step: int) -> None:
         self._module.log(dict(numbers), step=step)
 
     def close(self) -> None:
-        self._module.finish()
+        with redirect_stdout(io.StringIO()):
+            self._module.finish()

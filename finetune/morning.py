@@ -211,8 +211,8 @@ def report(
 ) -> None:
     """One self-contained page about a run, or about several side by side.
 
-    Needs no server and no network. `sft train` writes it at every look; of an adapter made elsewhere it says what can
-    be said.
+    Needs no server and no network. While a run goes on an open page looks again by itself; of an adapter made elsewhere
+    it says what can be said.
     """
     from finetune import report as page
     from finetune import sidebyside
