@@ -17,11 +17,11 @@ from finetune.phrases import Manner
 from finetune.tables import columns
 
 Row = Mapping[str, Any]
-_NAMES = {
+NAMES = {  # of each axis, and its decimals
     "general": ("neutral text, bits per byte", 4),
     "kl": ("the base's surprise at the adapter, nats", 4),
-    "script": ("foreign scripts in answers, log10", 2),
-    "script_neutral": ("foreign scripts in neutral text, log10", 2),
+    "script": ("foreign scripts in answers, at their likeliest, log10", 2),
+    "script_neutral": ("foreign scripts in neutral text, the same", 2),
     "stock": ("stock openings, log-odds", 2),
     "facts": ("known facts, nats short of certain", 4),
 }
@@ -105,7 +105,7 @@ def summary(rows: Iterable[Row], step: int | None = None) -> Summary | None:
         return None
     at = max(steps) if step is None else step
     here = [row for row in own if row["step"] == at]
-    axes = [axis for axis in _NAMES if any(row.get("axis") == axis for row in here)]
+    axes = [axis for axis in NAMES if any(row.get("axis") == axis for row in here)]
     moved = tuple(_moved(axis, [row for row in here if row.get("axis") == axis]) for axis in axes)
     return Summary(at, moved, _kept([row for row in here if "fact" in row]), _spoken(here))
 
@@ -168,7 +168,7 @@ def lines(found: Summary) -> Iterator[str]:
 
 
 def _line(one: Moved) -> list[str]:
-    name, digits = _NAMES[one.axis]
+    name, digits = NAMES[one.axis]
     between = "-" if one.change is None else f"{one.change.value:+.{digits}f} ({one.change.low:+.{digits}f} at least)"
     cut = "not fitted" if one.cut is None else f"{one.cut:+.{digits}f}{'  ALARM' if one.alarm else ''}"
     return [name, f"{one.base:.{digits}f}", f"{one.now:.{digits}f}", between, cut, str(one.n)]

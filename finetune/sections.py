@@ -39,13 +39,7 @@ AXES = {
     "harmed_accuracy": ("held-out tokens missed, above the fewest", "share of tokens"),
     "harmed_format": ("held-out loss in the worst format never trained, above its best", "nats per token"),
 }
-DRIFT = {  # name, decimals
-    "general": ("neutral text, bits per byte", 4),
-    "kl": ("the base's surprise at the adapter, nats", 4),
-    "script": ("foreign scripts at their likeliest, log10", 2),
-    "stock": ("stock openings, log-odds", 2),
-    "facts": ("known facts, nats short of certain", 4),
-}
+DRIFT = forgotten.NAMES
 _GROUPS = {
     "trained": "trained",
     "near": "held out, of a trained family",
