@@ -11,6 +11,7 @@ import json
 import logging
 import random
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -28,7 +29,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # exported wi
     hf_raise_for_status,
 )
 
-from finetune import runs
+from finetune import parcel, recipe, runs
 from finetune.errors import UserError, refuse
 from finetune.parcel import Item, Parcel, Wish
 from finetune.runs import RunFolder
@@ -97,35 +98,56 @@ def _path(folder: RunFolder) -> Path:
 # --- sending
 
 
-def push(parcel: Parcel, tell: Tell, patience: Patience | None = None) -> Sent:
+def push(made: Parcel, tell: Tell, patience: Patience | None = None) -> Sent:
     """Send everything; returns once it is there and was looked at. Idempotent: what is there already is not sent again.
 
     Errors: UserError; what is queued stays queued.
     """
-    folder = parcel.run.folder
-    enqueue(folder, parcel.wish)
+    folder = made.run.folder
+    enqueue(folder, made.wish)
     courier = Courier(tell, patience or Patience())
     try:
         with _quietly():
-            sent = _send(parcel, courier)
+            sent = _send(made, courier)
     except UserError as fault:
         runs.write_json(_path(folder), {**_state(folder), "fault": str(fault)})
         raise
-    names = [item.name for item in parcel.items] + ["README.md"]
-    done = {"state": "arrived", "wish": asdict(parcel.wish), "files": names, "url": sent.url, "commit": sent.commit}
+    names = [item.name for item in made.items] + ["README.md"]
+    done = {"state": "arrived", "wish": asdict(made.wish), "files": names, "url": sent.url, "commit": sent.commit}
     runs.write_json(_path(folder), done)
     return sent
 
 
-def _send(parcel: Parcel, courier: Courier) -> Sent:
-    wish = parcel.wish
+def _send(made: Parcel, courier: Courier) -> Sent:
+    wish = made.wish
     before = courier.repository(wish)
     kept = courier.metadata(wish.repo) if any(one.rfilename == "README.md" for one in before.siblings or ()) else {}
-    items = [parcel.readme(kept), *parcel.items]
-    ours = set(_state(parcel.run.folder).get("files", ())) - {item.name for item in items}
+    items = [made.readme(kept), *made.items]
+    ours = set(_state(made.run.folder).get("files", ())) - {item.name for item in items}
     commit = courier.commit(wish.repo, items, sorted(ours))
     courier.verify(wish.repo, items)
     return Sent(f"{constants.ENDPOINT}/{wish.repo}", commit, bool(before.private), len(items), commit != before.sha)
+
+
+def after_run(folder: RunFolder, page: Callable[[], str], patience: Patience | None = None) -> str | None:
+    """Send a finished run where its recipe says, and tell how that went; None where the recipe names no repository.
+
+    Raises nothing: a finished run is finished whatever the network does, and --resume goes on. `page`: the report,
+    written without training text.
+    """
+    try:
+        if recipe.load_resolved(folder.recipe).hub.repo is None:
+            return None
+        wish = parcel.wish(folder, None, public=False, with_texts=False, anyway=False)
+        parcel.allowed(folder, wish)
+        enqueue(folder, wish)
+        sent = push(parcel.make(folder, wish, page()), folder.note, patience)
+    except UserError as fault:
+        return f"Not sent to the Hub: {'  '.join(map(str, fault.problems))}"
+    except Exception as fault:  # whatever it is, it came after the night's work; the log has it
+        folder.note(traceback.format_exc())
+        return f"Not sent to the Hub ({type(fault).__name__}); sft push {folder.path} --resume goes on."
+    return f"Sent to {sent.url} ({'private' if sent.private else 'public'})."
 
 
 class Courier:

@@ -380,6 +380,21 @@ def test_with_a_third_of_all_requests_failing_every_push_arrives(
         assert f"Push {number}.".encode() in there.repos["me/rain"].files["README.md"]
 
 
+def test_a_recipe_sends_at_the_end_and_never_fails_the_run(there: Hub, run: RunFolder) -> None:
+    assert hub.after_run(run, lambda: "<p>") is None
+    run.recipe.write_text(run.recipe.read_text().replace("repo: null", "repo: me/snow"))
+    there.faults = lambda _method, _path: 503
+    told = hub.after_run(run, lambda: "<p>", NONE)
+    assert told
+    assert "--resume" in told
+    there.faults = lambda _method, _path: None
+    assert "Not sent to the Hub (ZeroDivisionError)" in str(hub.after_run(run, lambda: str(1 / 0), NONE))
+    assert "ZeroDivisionError" in run.log.read_text()
+    assert str(hub.after_run(run, lambda: "<p>", NONE)).endswith("/me/snow (private).")
+    finished.changed(run.path, "verdict.json", verdict="overfit")
+    assert "its verdict is overfit" in str(hub.after_run(run, lambda: "<p>", NONE))
+
+
 def test_something_else_than_was_sent_is_noticed(there: Hub, run: RunFolder) -> None:
     def spoil(method: str, path: str) -> None:
         if path.endswith("/tree/main"):
