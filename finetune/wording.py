@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from finetune import forgotten
 from finetune.evidence import Count, Echo, Facts
 from finetune.rules import Rules
 from finetune.signs import Axis, Signs
@@ -15,6 +16,7 @@ _NAMES = {
     "harmed": "held-out loss",
     "harmed_accuracy": "the share of held-out tokens missed",
     "harmed_format": "held-out loss in a format that was never trained",
+    **{f"drift_{axis}": told for axis, (told, _) in forgotten.NAMES.items()},
 }
 
 
@@ -122,7 +124,7 @@ def _harmed(facts: Facts, signs: Signs, rules: Rules) -> str:
 def _worse(name: str, facts: Facts, axis: Axis) -> str:
     course = facts.courses.get({"harmed": "nll"}.get(name, name.removeprefix("harmed_")))
     which = f" ({course.name})" if course and course.name else ""
-    what = _NAMES.get(name, f"{name.removeprefix('drift_')} on neutral text")
+    what = _NAMES.get(name, name)
     since = "the base's" if facts.alone else "at its best"
     when = f", as of epoch {axis.epoch:g}" if axis.epoch is not None else ""
     return f"{what}{which} is {axis.value:.3f} higher than {since} (at least {axis.low:.3f}{when})"
