@@ -19,5 +19,5 @@ bench-kill recipe="recipes/handwritten.yaml" *sets:
     .venv/bin/python tests/bench/kill_and_go_on.py {{recipe}} 5 {{sets}}
 
 # one trained format, five, five and sampled ones: what holds where nothing was trained (about 15 minutes of one core)
-bench-formats epochs="40" seeds="3":
+bench-formats epochs="30" seeds="3":
     .venv/bin/python tests/bench/training_for_formats.py {{epochs}} {{seeds}}

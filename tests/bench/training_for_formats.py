@@ -24,7 +24,21 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from finetune import ear, heard, lineup, night, opened, orders, reach, robustness, starters, tables, transfer
+from finetune import (
+    ear,
+    heard,
+    lineup,
+    night,
+    opened,
+    orders,
+    prompts,
+    reach,
+    robustness,
+    runs,
+    starters,
+    tables,
+    transfer,
+)
 from finetune.looks import Place
 from finetune.opened import Opened
 from finetune.screen import Screen
@@ -37,6 +51,8 @@ ARMS: Mapping[str, dict[str, Any]] = {
     "five + sampled 0.2": {"train": FIVE, "sampled": 0.2},
 }
 RATE, BATCH, RANK = 1e-3, 9, 16
+SAMPLED = 20  # formats that are measured, of no run's own
+PLAIN = lineup.Recipe(prompts.load(FIVE), prompts.load(HELD_OUT))
 
 
 @dataclass(frozen=True)
@@ -58,7 +74,7 @@ class Result:
 
 
 def main() -> None:
-    epochs, seeds = (int(word) for word in (*sys.argv[1:3], *("40", "3")[len(sys.argv[1:3]) :]))
+    epochs, seeds = (int(word) for word in (*sys.argv[1:3], *("30", "3")[len(sys.argv[1:3]) :]))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(sys.argv[3]) if len(sys.argv) > 3 else Path(name)
         found: dict[str, list[Result]] = {arm: [] for arm in ARMS}
@@ -100,10 +116,11 @@ def measured(run: Path, shared: Path) -> Result:
     last, adapter = max(one.kept())
     speaker = opened.wear(one, adapter).speaker
     suite = lineup.suite()
+    strangers = {gauge.name for gauge in lineup.whole(PLAIN, suite) if gauge.group == "held_out"}
+    named = tuple(name for name in suite.named if name in strangers)
+    suite = suite.model_copy(update={"named": named, "sampled": SAMPLED})
     store = robustness.Store(shared / reach.NAME, "pocket, fp32")
     whole = robustness.measure(speaker, one.plan, suite, last, store, write=False)
-    plain = lineup.Recipe(*(lineup.prompts.load(names) for names in (FIVE, HELD_OUT)))
-    strangers = {gauge.name for gauge in lineup.whole(plain, suite) if gauge.group == "held_out"}
     known = [row for row in whole.formats if row.group not in ("near", "held_out") or row.name in strangers]
     known = [replace(row, group="held_out") if row.name in strangers else row for row in known]
     found = transfer.transfer(whole.tuned, whole.base, known)
@@ -127,8 +144,6 @@ def measured(run: Path, shared: Path) -> Result:
 
 
 def steps(one: Opened) -> list[Mapping[str, Any]]:
-    from finetune import runs
-
     return [row for row in runs.read_lines(one.run.metrics) if row["kind"] == "step"]
 
 
