@@ -2,9 +2,9 @@
 
     .venv/bin/python tests/bench/calibrate_drift.py [RECIPE] [SEEDS] [key=value ...]
 
-By default `recipes/quickstart.yaml` and three seeds. Counted are the full looks up to the adapter that each run chose;
-a run whose verdict is overfit is not healthy and is left out, aloud. Prints a list item for `calibrated` in
-`eval/drift.yaml`; whoever pastes it there says yes to it.
+By default `recipes/quickstart.yaml` and three seeds, a full look every six epochs. Counted are the full looks up to the
+adapter that each run chose; a run whose verdict is overfit is not healthy and is left out, aloud. Prints a list item for
+`calibrated` in `eval/drift.yaml`; whoever pastes it there says yes to it.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from finetune.runs import RunFolder
 from finetune.screen import Screen
 
 ROOT = Path(__file__).resolve().parents[2]
+_USUAL = ("watch.every=6", "watch.stop_at=never")
 
 
 def trained(recipe: Path, folder: Path, sets: Sequence[str]) -> Opened:
@@ -48,7 +49,7 @@ def main(recipe: str = str(ROOT / "recipes/quickstart.yaml"), seeds: str = "3", 
     healthy = 0
     with tempfile.TemporaryDirectory() as work:
         for seed in range(int(seeds)):
-            run = trained(Path(recipe), Path(work) / str(seed), [f"seed={seed}", *sets])
+            run = trained(Path(recipe), Path(work) / str(seed), [f"seed={seed}", *_USUAL, *sets])
             said = keeping.read(run.run)
             verdict = said["verdict"] if said else "none"
             print(f"seed {seed}: {verdict}, chosen step {run.chosen}", flush=True)
