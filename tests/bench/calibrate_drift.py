@@ -3,7 +3,7 @@
     .venv/bin/python tests/bench/calibrate_drift.py [RECIPE] [SEEDS] [key=value ...]
 
 By default `recipes/quickstart.yaml` and three seeds, a full look every six epochs. Counted are the full looks up to the
-adapter that each run chose; a run whose verdict is overfit is not healthy and is left out, aloud. Prints a list item for
+adapter that each run chose; a run whose verdict is overfit is not healthy and is left out, aloud. Prints an item of
 `calibrated` in `eval/drift.yaml`; whoever pastes it there says yes to it.
 """
 
