@@ -67,6 +67,7 @@ def _facts() -> dict[str, Any]:
 
 def _verdict(word: str) -> dict[str, Any]:
     gain = {"value": 0.88, "low": 0.61, "high": 1.15, "n": 2, "resolved": True}
+    counted = {"value": 0.0, "low": None, "high": None, "n": 6, "resolved": True}
     return {
         "version": 1,
         "verdict": word,
@@ -74,7 +75,11 @@ def _verdict(word: str) -> dict[str, Any]:
         "next": "Read its answers.",
         "epoch": 4.0,
         "step": 12,
-        "axes": {"learned": gain, "harmed": {"value": None, "low": None, "high": None, "n": 0, "resolved": False}},
+        "axes": {
+            "learned": gain,
+            "recites": counted,
+            "harmed": {"value": None, "low": None, "high": None, "n": 0, "resolved": False},
+        },
         "run": {"verdict": word, "epoch": 4.0, "stopped_by": "epochs"},
     }
 
