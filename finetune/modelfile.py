@@ -6,6 +6,8 @@ not print are dropped). It writes no weights and runs nothing.
 
 from __future__ import annotations
 
+import re
+
 from finetune import clients
 from finetune.clients import Phrases, phrases
 from finetune.format import Format, Special
@@ -77,8 +79,8 @@ def _when(test: str, one: str, other: str = "") -> str:
 
 
 def _plain(text: str) -> str:
-    """Text outside of actions stands for itself, but for what opens one."""
-    return text.replace("{{", '{{ "{{" }}')
+    """Text outside of actions stands for itself, but for what opens one, or would with what comes next."""
+    return re.sub(r"\{(?=\{|\Z)", '{{ "{" }}', text)
 
 
 def _string(text: str) -> str:
