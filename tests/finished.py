@@ -67,6 +67,7 @@ def _facts() -> dict[str, Any]:
 
 def _verdict(word: str) -> dict[str, Any]:
     gain = {"value": 0.88, "low": 0.61, "high": 1.15, "n": 2, "resolved": True}
+    unknown = {"value": None, "low": None, "high": None, "n": 0, "resolved": False}
     counted = {"value": 0.0, "low": None, "high": None, "n": 6, "resolved": True}
     return {
         "version": 1,
