@@ -128,9 +128,8 @@ class Bench:
 
     @cached_property
     def leak_test(self) -> Any:
-        """The questions, and an index over the trained texts; pocket is asked in its own words."""
-        wanted = "pocket" if self.subject.opened.recipe.base == "pocket" else "unrelated"
-        return leak.prepare(self.subject.plan, leak.probes(wanted))
+        """The questions, and an index over the trained texts."""
+        return leak.prepare(self.subject.plan)
 
     def wear(self, step: int) -> None:
         """Put on the adapter of a step."""

@@ -13,9 +13,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from finetune import bench, dial, ear, heard, rules, runs, shades, siblings, subject, trend, verdict
+from finetune import bench, dial, ear, heard, reciters, rules, runs, shades, siblings, subject, trend, verdict
 from finetune.bench import Bench, Row, Rows, Say
-from finetune.byheart import judge
 from finetune.dial import Sweep
 from finetune.errors import refuse
 from finetune.heard import Reading
@@ -202,8 +201,8 @@ def example(found: Subject, name: str, say: Say) -> View:
         say(f"Loading {found.opened.base.name} ({found.opened.recipe.quantization}).")
         worn = found.wear()
         own, base = (heard.read(worn.speaker, [passage], off)[passage.key] for off in (False, True))
-    longest = [judge(passage, one, None, listens.limits).run_max for one in (own, base)]
-    return shades.view(listens, passage, (own, base), found.place(step).epoch, (longest[0], longest[1]))
+    place = reciters.near(str(found.plan.conversations[name].origin))
+    return shades.view(listens, passage, (own, base), found.place(step).epoch, place)
 
 
 def _kept(found: Subject, step: int, passage: Passage) -> Reading | None:

@@ -20,6 +20,7 @@ from finetune.passage import Key
 
 Row = Mapping[str, Any]
 _HEAD = ("example", "where", "8 words", "50 tokens", "whole", "run", "base", "bits", "formats")
+_PLACE = 32  # columns
 _QUOTED = 3  # lines that a quotation may take
 
 
@@ -131,7 +132,7 @@ def _cells(one: Line, elsewhere: bool) -> tuple[str, ...]:
     whole = "-" if one.whole is None else "yes" if one.whole else "no"
     return (
         one.example,
-        one.place,
+        one.place if len(one.place) <= _PLACE else f"…/{Path(one.place).name}",
         _since_when(one.words, elsewhere),
         _since_when(one.long, elsewhere),
         f"{whole}{' ~' if one.fragile else ''}",

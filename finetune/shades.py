@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from finetune import prompts
+from finetune.byheart import judge
 from finetune.conversation import Conversation
 from finetune.ear import Ear
 from finetune.heard import Reading
@@ -62,8 +63,8 @@ class View:
         return asdict(self)
 
 
-def view(ear: Ear, one: Passage, readings: tuple[Reading, Reading], epoch: float, runs: tuple[int, int]) -> View:
-    """`readings`: adapter's and base's. `runs`: their longest."""
+def view(ear: Ear, one: Passage, readings: tuple[Reading, Reading], epoch: float, place: str) -> View:
+    """`readings`: adapter's and base's. `place`: file:line, as it is to be told."""
     conversation = ear.plan.conversations[one.example]
     own, base = readings
     bits = float((own.log_p - base.log_p)[one.counted].sum() / np.log(2))
@@ -73,8 +74,9 @@ def view(ear: Ear, one: Passage, readings: tuple[Reading, Reading], epoch: float
             _spelled(ear, one, conversation), own.log_p, own.hits, base.log_p, base.hits, one.counted, strict=True
         )
     ]
-    where = (one.example, str(conversation.origin), one.split, one.format, epoch)
-    return View(*where, *runs, bits, conversation.question, tuple(pieces))
+    longest, base_longest = (judge(one, reading, None, ear.limits).run_max for reading in readings)
+    where = (one.example, place, one.split, one.format, epoch)
+    return View(*where, longest, base_longest, bits, conversation.question, tuple(pieces))
 
 
 def _spelled(ear: Ear, one: Passage, conversation: Conversation) -> Iterator[str]:
