@@ -38,7 +38,7 @@ def chat(
     base: Annotated[bool, typer.Option("--base", help="The base alone, without the adapter.")] = False,
     as_json: terminal.AsJson = False,
 ) -> None:
-    """Talk to a run in any prompt format; /compare shows base and adapter.
+    """Talk to a run, in any prompt format.
 
     Questions may come from a pipe. /help lists what else can be typed; nothing is written but what /save is told to.
     """
@@ -154,7 +154,7 @@ def push(
     dry: Annotated[bool, typer.Option("--dry-run", help="Check everything and show the card; send nothing.")] = False,
     as_json: terminal.AsJson = False,
 ) -> None:
-    """Send the adapter and a card that says what it is worth to the Hub.
+    """Send adapter, card and report to the Hub.
 
     Private unless asked; no training text, secret or path of this machine goes with it. What did not arrive is sent
     by --resume, as often as need be.

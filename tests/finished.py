@@ -79,7 +79,7 @@ def _verdict(word: str) -> dict[str, Any]:
         "axes": {
             "learned": gain,
             "recites": counted,
-            "harmed": {"value": None, "low": None, "high": None, "n": 0, "resolved": False},
+            "harmed": unknown,
         },
         "run": {"verdict": word, "epoch": 4.0, "stopped_by": "epochs"},
     }

@@ -179,14 +179,8 @@ def test_the_card_says_what_the_run_says(there: Hub, run: RunFolder) -> None:
         "accuracy": pytest.approx(0.6),
         "bpb": 0.98,
     }
-    for told in (
-        "**Verdict: ok.**",
-        "| zephyr | never trained | 1.600 | 1.310 |",
-        "6 examples",
-        "harmed",
-        "epoch 4",
-        "| recites | 0.000 | counted |",
-    ):
+    figures = ("| zephyr | never trained | 1.600 | 1.310 |", "| recites | 0.000 | counted |")
+    for told in ("**Verdict: ok.**", *figures, "6 examples", "harmed", "epoch 4"):
         assert told in text
     assert "umbrella" in text
     assert "**Limits.**" in text
