@@ -6,7 +6,8 @@ Definitions are those of echo; what counts as much is in `eval/echo.yaml`. It as
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from math import log
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -117,14 +118,19 @@ class _Lens:
         return bool(self.echoed(kind, hits).any()) if eligible else None
 
 
-def _lens(passage: Passage, reading: Reading, base: Reading | None, limits: Limits) -> _Lens:
+@lru_cache(maxsize=4096)  # a run asks the same passages every epoch
+def _windows(passage: Passage, limits: Limits) -> Mapping[Kind, Windows]:
     parts, signs = passage.parts[passage.counted], passage.signs[passage.counted]
     by_tokens = runlength.of_tokens(parts, limits.tokens)
-    windows: dict[Kind, Windows] = {
+    return {
         "words": passage.word_windows(limits.words),
         "long": runlength.joined(by_tokens, runlength.of_weight(parts, signs, limits.characters)),
         "whole": runlength.of_parts(parts, limits.whole),
     }
+
+
+def _lens(passage: Passage, reading: Reading, base: Reading | None, limits: Limits) -> _Lens:
+    windows = _windows(passage, limits)
     if base is None:
         return _Lens(windows, None)
     bits, known = _bits(passage, reading, base), base.hits[passage.counted]
@@ -171,9 +177,17 @@ def judge(
 
 
 def suspect(passage: Passage, reading: Reading, limits: Limits) -> bool:
-    """Whether any window is hit throughout, so that the base must be asked; else nothing is echoed whatever it says."""
-    hits, lens = reading.hits[passage.counted], _lens(passage, reading, None, limits)
-    return any(bool(runlength.all_of(hits, some).any()) for some in lens.windows.values())
+    """Whether any window is hit throughout, so that the base must be asked."""
+    hits = reading.hits[passage.counted]
+    return any(bool(runlength.all_of(hits, some).any()) for some in _windows(passage, limits).values())
+
+
+def unsuspected(passage: Passage, reading: Reading, limits: Limits) -> Found:
+    """What a reading tells where no window is hit throughout: that none is echoed, whatever the base says."""
+    windows = _windows(passage, limits)
+    long, whole = (False if len(windows[kind]) else None for kind in ("long", "whole"))
+    found = judge(passage, reading, None, limits)
+    return replace(found, words=Share(0, len(windows["words"])), long=long, whole=whole)
 
 
 def log10_pz(passage: Passage, reading: Reading, size: int) -> float | None:

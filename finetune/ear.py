@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from finetune import echo, formula, heard, looks, passage, prompts
-from finetune.byheart import Found, Kind, Limits, judge, suspect
+from finetune.byheart import Found, Kind, Limits, judge, suspect, unsuspected
 from finetune.conversation import Conversation
 from finetune.echo import Map, Measured
 from finetune.format import Format
@@ -244,7 +244,12 @@ def free(ear: Ear, speaker: Reads, base: Base, said: Iterable[Overheard], place:
     whole = [(passage, Reading(one.log_p, one.hits)) for passage, one in pairs if _all_heard(passage, one)]
     loud = [passage for passage, reading in whole if suspect(passage, reading, ear.limits)]
     known = base.of(speaker, loud)
-    found = [_overheard(*pair, known if pair[0] in loud else {}, ear.limits) for pair in whole]
+    found = [
+        judge(passage, reading, known[passage.key], ear.limits)
+        if passage in loud  # not: in known, which after a kill holds what was asked later
+        else unsuspected(passage, reading, ear.limits)
+        for passage, reading in whole
+    ]
     found += [_in_part(passage, one, ear.limits) for passage, one in pairs if not _all_heard(passage, one)]
     for row in echo.rows(found, place, "free"):
         yield {**row, "nll_tstar": None}
@@ -252,13 +257,6 @@ def free(ear: Ear, speaker: Reads, base: Base, said: Iterable[Overheard], place:
 
 def _all_heard(passage: Passage, one: Overheard) -> bool:
     return tuple(one.trained) == passage.read
-
-
-def _overheard(passage: Passage, reading: Reading, known: Mapping[Key, Reading], limits: Limits) -> Found:
-    """Where no window is hit, no base is needed to say that none is echoed."""
-    if passage.key in known:
-        return judge(passage, reading, known[passage.key], limits)
-    return replace(judge(passage, reading, reading, limits), excess_bits=None)
 
 
 def _in_part(passage: Passage, one: Overheard, limits: Limits) -> Found:

@@ -105,3 +105,35 @@ def test_the_words_of_a_run_are_quoted(night: tuple[Plan, Speaker]) -> None:
     words = listens.quote({**row, "run_start": 2, "run_max": 9})
     assert words in one.answer
     assert 5 < len(words.encode()) <= 9
+
+
+def overheard(one: Any, hits: Any) -> ear.Overheard:
+    return ear.Overheard(one.example, one.format, one.read, np.full(len(hits), -0.1), hits)
+
+
+def test_the_free_map_asks_the_base_only_where_it_could_decide(night: tuple[Plan, Speaker], tmp_path: Path) -> None:
+    made, speaker = night
+    listens, base = ear.ear(made), ear.base(RunFolder(tmp_path))
+    quiet, loud = listens.passages("train", "alpaca")[:2]
+    said = [
+        overheard(quiet, np.arange(sum(quiet.read)) % 2 == 0),
+        overheard(loud, np.ones(sum(loud.read), dtype=bool)),
+    ]
+    first, second = ear.free(listens, speaker, base, said, PLACE)
+    assert list(base.readings) == [loud.key]
+    assert (first["windows"][0], first["long"], first["echo_whole"], first["excess_bits"]) == (0, False, False, None)
+    assert (second["windows"][0] > 0, second["long"], second["echo_whole"]) == (True, True, True)
+    base.of(speaker, [quiet])
+    assert list(ear.free(listens, speaker, base, said, PLACE)) == [first, second], "what is known early changes nothing"
+
+
+def test_tokens_that_training_left_out_are_not_judged(night: tuple[Plan, Speaker], tmp_path: Path) -> None:
+    listens = ear.ear(night[0])
+    one = listens.passages("train")[0]
+    trained = tuple(read and place % 4 > 0 for place, read in enumerate(one.read))
+    hits = np.ones(sum(trained), dtype=bool)
+    said = ear.Overheard(one.example, one.format, trained, np.full(len(hits), -0.5), hits)
+    (row,) = ear.free(listens, night[1], ear.base(RunFolder(tmp_path)), [said], PLACE)
+    assert (row["windows"], row["long"], row["echo_whole"]) == (None, None, None)
+    assert (row["tokens"], row["hits"], row["nll"]) == (len(hits), len(hits), 0.5)
+    assert row["run_max"] <= 3
