@@ -70,6 +70,9 @@ def _there(asked: dict[str, Any]) -> tuple[list[str], list[list[int]]]:
         params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(asked["adapter"], 1.0)]
     params.n_ctx, params.n_parallel, params.n_gpu_layers = _CONTEXT, 1, 0
     params.verbosity, params.warmup, params.port = -1, False, 0
+    # as exact as transformers: a cache of 16 bits would decide near ties otherwise
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     # its threads wait for one another spinning: where another program has a core, each token takes a second
     threads = int(os.environ.get("OMP_NUM_THREADS", max(1, (os.cpu_count() or 2) - 1)))
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads

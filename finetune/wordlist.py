@@ -75,6 +75,8 @@ def _byte_level(state: Mapping[str, Any], rows: int) -> Wordlist:
         raise _cannot(f"it treats whole words otherwise than llama.cpp's {pre}")
     tokens, kinds = _tokens(state, rows)
     merges = tuple(" ".join(pair) for pair in _merges(state))
+    if not merges:
+        raise _cannot("it merges nothing, and llama.cpp loads no such file")
     return Wordlist("gpt2", pre, tokens, kinds, merges=merges)
 
 

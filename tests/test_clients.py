@@ -209,7 +209,8 @@ def test_presets_have_every_field_of_the_programs_own_ones() -> None:
 def test_a_users_own_format_goes_the_same_way(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text(
         'name: mine\nfamily: mine\nuser_prefix: "Q> "\nuser_suffix: "\\n"\nassistant_prefix: "A> "\n'
-        'generation_prompt: "A>"\nassistant_suffix: "</s>"\nend: "</s>"\nsystem_mode: none\nfirst_user_prefix: "<s>Q> "\n'
+        'generation_prompt: "A>"\nassistant_suffix: "</s>"\nend: "</s>"\n'
+        'system_mode: none\nfirst_user_prefix: "<s>Q> "\n'
     )
     fmt = shelf.read(tmp_path / "mine.yaml")
     text = jinjaform.chat_template(fmt, Marks())
