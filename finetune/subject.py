@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune import foreign, model, opened, plan, recipe, runs
+from finetune import corpus, foreign, model, opened, plan, recipe, runs
 from finetune.errors import UserError, refuse
 from finetune.evidence import Setting
 from finetune.foreign import Adapter
@@ -122,11 +122,23 @@ def _of_run(place: Path) -> Subject:
     kept = dict(found.kept())
     step = found.chosen
     installed = found.adapter
-    was = found.facts.get("fingerprints", {}).get("rendered texts")
-    if was is not None and was != found.plan.fingerprint():
-        what = "the dataset or a format is no longer what this run was trained on."
-        raise refuse(what, "Restore it: reciting is measured against the very words that were trained.", place)
+    if changed := _changed(found):
+        what = f"the {changed} changed since this run was trained."
+        raise refuse(
+            what, "Restore what was there: reciting is measured against the very words, and beside the base.", place
+        )
     return Subject(found, kept if step in kept or step is None else {**kept, step: installed})
+
+
+def _changed(found: Opened) -> str | None:
+    """What is no longer as it was when the run began."""
+    was = found.facts.get("fingerprints", {})
+    now = {
+        "dataset": lambda: corpus.fingerprint(found.plan.conversations.values()),
+        "base": lambda: model.fingerprint(found.base.folder),
+        "rendered texts": found.plan.fingerprint,
+    }
+    return next((name for name, mark in now.items() if name in was and was[name] != mark()), None)
 
 
 def _of_adapter(adapter: Adapter, recipe_file: Path, out: Path | None) -> Subject:

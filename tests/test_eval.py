@@ -415,7 +415,7 @@ def test_a_changed_dataset_is_refused(home: Path, memorised: Path) -> None:
     was = file.read_text()
     try:
         file.write_text(was.replace("on most days", "on some days"))
-        with pytest.raises(UserError, match="no longer what this run was trained on"):
+        with pytest.raises(UserError, match="the dataset changed since this run was trained"):
             subject.of(str(home / RUN))
     finally:
         file.write_text(was)
