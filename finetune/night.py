@@ -23,23 +23,26 @@ from finetune import (
     __version__,
     corpus,
     drift,
+    hub,
     keeping,
+    loading,
+    loggers,
     machine,
     model,
     plan,
-    prefix,
     recipe,
     runs,
     selfreplay,
-    slices,
     train,
 )
+from finetune.audience import Audience
 from finetune.corpus import Split
 from finetune.errors import UserError, refuse
-from finetune.estimate import layers_below
+from finetune.loading import Loaded
 from finetune.machine import Derived
 from finetune.orders import Task
 from finetune.plan import Plan
+from finetune.report import Writer
 from finetune.runs import RunFolder
 from finetune.screen import Headline, Screen
 from finetune.speak import Speaker
@@ -61,15 +64,21 @@ class Outcome:
         return {"run": str(self.folder), "interrupted": self.interrupted, **self.facts}
 
 
-def run(task: Task, screen: Screen, save_every: float | None = None) -> Outcome:
-    """Carry out a task. Errors: UserError with every problem; an interruption is an outcome, not an error."""
+def run(task: Task, screen: Screen, save_every: float | None = None, page: bool = True) -> Outcome:
+    """Carry out a task. Errors: UserError with every problem; an interruption is an outcome, not an error.
+
+    `page`: keep report.html up to date.
+    """
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise refuse("sft trains in one process.", "Start it without torchrun or accelerate launch.")
     with task.run.lock(), _library_talk_into(task.run):
         if task.is_finished():
             return _outcome(task)
         try:
-            return _spend(task, screen, save_every)
+            settings = task.recipe.model_dump(mode="json")
+            with loggers.start(task.recipe.report_to, task.run.path, settings, task.run.note) as dashboards:
+                told = Audience(screen, dashboards, Writer(task.run.path) if page else None)
+                return _sent(task, _spend(task, told, save_every), told)
         except UserError as error:
             task.run.note(str(error))
             raise
@@ -78,17 +87,17 @@ def run(task: Task, screen: Screen, save_every: float | None = None) -> Outcome:
             raise
 
 
-@dataclass(frozen=True)
-class _Loaded:
-    """A model ready to be trained, and what it belongs to."""
+def _sent(task: Task, outcome: Outcome, screen: Audience) -> Outcome:
+    """The last page, and a finished run on its way to where `hub.repo` says. Neither can spoil a night's work."""
+    if screen.page is not None:
+        screen.page.keep_up(last=True)
+    if not outcome.interrupted:
+        told = hub.after_run(task.run, lambda: Writer(task.run.path).html(texts=False))
+        screen.say(told) if told else None
+    return outcome
 
-    model: Any
-    start: model.Start
-    base: model.Base
-    short: prefix.Shortened | None = None
 
-
-def _spend(task: Task, screen: Screen, save_every: float | None) -> Outcome:
+def _spend(task: Task, screen: Audience, save_every: float | None) -> Outcome:
     known = runs.read_json(task.run.run_json) if task.going_on else {}
     base = model.find_base(task.recipe.base, known.get("commit") or task.recipe.revision)
     made = _plan(task, base.folder, known)
@@ -110,14 +119,12 @@ def _remedies(task: Task, made: Plan) -> list[str]:
 
 
 def _watched(
-    task: Task, made: Plan, looks: LookPlan, base: model.Base, screen: Screen, save_every: float | None
+    task: Task, made: Plan, looks: LookPlan, base: model.Base, screen: Audience, save_every: float | None
 ) -> Outcome:
-    loaded = _load(task, made, base, screen)
-    speaker = Speaker(loaded.model, made.vocabulary.tokenizer, made.vocabulary.eos_id)
-    if loaded.short:
-        speaker.whole = loaded.short.whole
-    watch = task.recipe.watch
     drifting = drift.probe(made, base.name, model.fingerprint(base.folder), task.run.path / drift.CACHE)
+    besides = [one.tokens.ids for one in drifting.texts]
+    loaded = loading.load(task.run, made, base, besides, screen.say)
+    speaker, watch = loaded.speaker, task.recipe.watch
     asked: dict[str, Any] = {"probes": (drifting.look,), "readers": (drifting.read,)}
     vigil = Vigil(
         task.run, made, loaded.model, loaded.start, speaker, screen, looks, watch, **asked, save_every=save_every
@@ -166,7 +173,7 @@ def _fingerprints(made: Plan, base: Path) -> dict[str, str]:
     return {"dataset": dataset, "base": model.fingerprint(base), "rendered texts": made.fingerprint()}
 
 
-def _begin(task: Task, made: Plan, base: model.Base, known: Mapping[str, Any], screen: Screen) -> LookPlan:
+def _begin(task: Task, made: Plan, base: model.Base, known: Mapping[str, Any], screen: Audience) -> LookPlan:
     """Write what stays the same, run.json last: a folder without one has not begun. Returns the plan of looks."""
     if not known:
         runs.write_json(task.run.split, made.split.to_json())
@@ -196,7 +203,7 @@ def _begin(task: Task, made: Plan, base: model.Base, known: Mapping[str, Any], s
     return LookPlan(light - full, full, looks["reason"], looks["alarm"])
 
 
-def _say_what_stays(task: Task, screen: Screen) -> None:
+def _say_what_stays(task: Task, screen: Audience) -> None:
     was, now = recipe.load_resolved(task.run.recipe), task.recipe
     if (was.watch.every, was.watch.budget) != (now.watch.every, now.watch.budget):
         more = " New ones hold for the epochs that were added." if now.epochs > was.epochs else ""
@@ -239,36 +246,7 @@ def _derived(made: Plan, looks: Mapping[str, Any]) -> dict[str, Derived]:
 # during
 
 
-def _load(task: Task, made: Plan, base: model.Base, screen: Screen) -> _Loaded:
-    lora, noise = task.recipe.lora, task.recipe.regularise.stochastic_depth
-    top = None if lora.layers == "all" else lora.layers.top
-    shape = model.LoraShape(lora.rank, lora.alpha, lora.dropout, lora.targets, top)
-    below = layers_below(slices.layer_count(base.folder), top, noise, task.recipe.machine.prefix_gib)
-    short = _shortened(task, made, base, below, screen) if below else None
-    bare = short.model if short else model.load_base(base.folder, task.recipe.quantization, model.pick_device())
-    adapted = model.attach(bare, shape, task.recipe.seed)
-    if noise:
-        train.add_stochastic_depth(adapted, noise)
-    return _Loaded(adapted, model.Start(adapted), base, short)
-
-
-def _shortened(task: Task, made: Plan, base: model.Base, below: int, screen: Screen) -> prefix.Shortened:
-    """The upper layers alone, and what the lower ones make of every listed text, computed once."""
-    source = prefix.Source(base.folder, task.recipe.quantization, model.pick_device(), below)
-    screen.say(f"Computing what the {below} lower layers make of every text; nobody trains them.")
-    short = prefix.load(source, task.recipe.machine.prefix_gib)
-    texts = made.texts
-    items = (*texts.whole.values(), *texts.held_out.values(), *texts.twins.values(), *texts.replay)
-    filled = short.prefix.fill([prefix.PROOF, *(item.ids for item in items)])
-    why = (
-        f"{filled.texts} texts, {filled.computed} computed in {filled.seconds:.0f} s, {filled.kept} kept for next time"
-    )
-    known = runs.read_json(task.run.run_json)["derived"]
-    task.run.record(derived={**known, "stored_activations_gib": Derived(filled.gib, why)})
-    return short
-
-
-def _train(task: Task, made: Plan, vigil: Vigil, loaded: _Loaded, screen: Screen) -> None:
+def _train(task: Task, made: Plan, vigil: Vigil, loaded: Loaded, screen: Audience) -> None:
     """Go on from the newest valid checkpoint, or begin; rows newer than it are dropped and come again."""
     newest = task.run.newest_valid(full=True, tell=screen.say)
     if newest is None and (bare := task.run.newest_valid()):
@@ -292,7 +270,7 @@ def _train(task: Task, made: Plan, vigil: Vigil, loaded: _Loaded, screen: Screen
         screen.close()
 
 
-def _job(task: Task, made: Plan, vigil: Vigil, loaded: _Loaded, work: Path) -> Job:
+def _job(task: Task, made: Plan, vigil: Vigil, loaded: Loaded, work: Path) -> Job:
     wanted = task.recipe.machine.activation_checkpointing
     checkpointing = (
         model.needs_checkpointing(loaded.model, made.micro_batch * made.longest()) if wanted == "auto" else wanted
@@ -313,7 +291,7 @@ def _job(task: Task, made: Plan, vigil: Vigil, loaded: _Loaded, work: Path) -> J
 
 
 @contextmanager
-def _stop_signals(vigil: Vigil, screen: Screen) -> Iterator[None]:
+def _stop_signals(vigil: Vigil, screen: Audience) -> Iterator[None]:
     """Ctrl-C or SIGTERM: finish the step, save, stop. A second one stops at once; the last checkpoint stands."""
 
     def ask(number: int, _frame: object) -> None:

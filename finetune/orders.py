@@ -5,7 +5,7 @@ It reads a recipe or a run folder and decides which of the four it is; it begins
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,6 @@ def read(order: Order) -> Task:
     if order.more or order.refit:
         raise refuse("--more and --refit go on with a run.", f"Name its folder, such as runs/{target.stem}.")
     wanted = recipe.load(target, order.sets)
-    _refuse_unsupported(wanted, target, order.sets)
     run = RunFolder(order.out or Path("runs") / target.stem)
     _refuse_foreign(run, order.fresh)
     going_on = run.run_json.is_file() and not order.fresh
@@ -82,11 +81,6 @@ def _refuse_foreign(run: RunFolder, fresh: bool) -> None:
         raise refuse(f"holds {other[0]} and is no run.", "Name another folder with --out.", run.path)
 
 
-def _refuse_unsupported(wanted: Recipe, file: Path, sets: Sequence[str]) -> None:
-    if later := recipe.unsupported(wanted):
-        raise UserError(recipe.placed(later, file, sets))
-
-
 def _from_run(target: Path, order: Order) -> Task:
     if order.out is not None or order.fresh:
         raise refuse("--out and --fresh belong to a recipe.", f"Name the recipe, not {target}.")
@@ -99,7 +93,6 @@ def _from_run(target: Path, order: Order) -> Task:
     if order.refit:
         return _refit(run, was, facts, source)
     wanted = recipe.load(run.recipe, order.sets) if order.sets else was
-    _refuse_unsupported(wanted, run.recipe, order.sets)
     if order.more:
         wanted = _more(wanted, facts, order.more, target)
     _refuse_changes(was, wanted, run)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from finetune import bases, estimate, lint, memory, places, plan, recipe
+from finetune import bases, estimate, lint, loggers, memory, places, plan, recipe
 from finetune.bases import Known
 from finetune.errors import Problem, UserError, refuse
 from finetune.estimate import Length
@@ -53,7 +53,7 @@ def look(path: Path, sets: Sequence[str] = (), gpu: str | None = None) -> Outloo
     """
     room = None if gpu is None else gib_of(gpu)
     draft = recipe.read(path, sets)
-    problems = [*draft.problems, *recipe.unsupported(draft.recipe)]
+    problems = [*draft.problems, *(one for error in loggers.missing(draft.recipe.report_to) for one in error.problems)]
     known = _base(draft, problems)
     material = plan.gather(draft.recipe, known.vocabulary, _source(draft))
     problems += _new(material.problems, draft)

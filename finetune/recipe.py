@@ -280,7 +280,6 @@ class Draft:
 SHAPE = fields.Shape(Recipe)
 _APART: dict[str, Any] = {"held_out": (), "sampled": 0.0, "warmup_steps": 0, "micro_batch": "auto"}  # free of clashes
 _FREE = ("watch", "hub", "report_to", "machine")  # going on with a run may change these
-_LATER = ("report_to",)
 
 
 def load(path: Path | str, sets: Sequence[str] = ()) -> Recipe:
@@ -326,16 +325,6 @@ def changed(old: Recipe, new: Recipe) -> list[str]:
     was, now = _values(old), _values(new)
     kept = [key for key in now if not (_may_change(key, old) and _may_change(key, new))]
     return [f"{key} was {fields.shown(was[key])}, is {fields.shown(now[key])}" for key in kept if was[key] != now[key]]
-
-
-def unsupported(recipe: Recipe) -> list[Problem]:
-    """Settings that are valid, and that this version would silently ignore."""
-    default, now = _values(Recipe(base=recipe.base, data=Data(train=recipe.data.train))), _values(recipe)
-    return [
-        Problem(f"{key} is {shown}: this version cannot do that yet.", f"Leave out {key}.", key=tuple(key.split(".")))
-        for key in _LATER
-        if now[key] != default[key] and (shown := fields.shown(now[key]))
-    ]
 
 
 def settings() -> list[Setting]:

@@ -44,13 +44,14 @@ class Writer:
         write_atomic(path, self.html(verdicts, texts))
         return path
 
-    def keep_up(self, verdicts: Mapping[int, str] | None = None) -> Path | None:
+    def keep_up(self, verdicts: Mapping[int, str] | None = None, last: bool = False) -> Path | None:
         """For a run's looks: `write`, unless the last one took more than 2 % of the time since. None: left out.
 
+        The `last` page is always written.
         A page that cannot be written never ends a night; why is noted in log.txt.
         """
         began = time.monotonic()
-        if self._took > _SHARE * (began - self._written):
+        if not last and self._took > _SHARE * (began - self._written):
             return None
         try:
             return self.write(verdicts)

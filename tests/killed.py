@@ -24,7 +24,7 @@ from finetune.screen import Screen
 def attempt(recipe: str, run: str) -> None:
     """One try, in a child."""
     task = orders.read(orders.Order(recipe, out=Path(run)))
-    night.run(task, Screen(Console(file=io.StringIO())), save_every=0.0)
+    night.run(task, Screen(Console(file=io.StringIO())), save_every=0.0, page=False)
 
 
 def die() -> None:

@@ -74,7 +74,7 @@ def memorised(tmp_path_factory: pytest.TempPathFactory, short: None) -> Path:
         watch={"every": 12, "stop_at": "never"},
     )
     task = orders.read(orders.Order(str(recipe), out=folder / "runs" / "small"))
-    night.run(task, Screen(Console(file=io.StringIO())), save_every=1e9)
+    night.run(task, Screen(Console(file=io.StringIO())), save_every=1e9, page=False)
     return folder
 
 

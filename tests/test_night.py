@@ -31,12 +31,12 @@ HARD: dict[str, Any] = {
 
 def run(recipe: Path, folder: Path, **order: Any) -> night.Outcome:
     task = orders.read(orders.Order(str(recipe), out=folder, **order))
-    return night.run(task, Screen(Console(file=io.StringIO())), save_every=1e9)
+    return night.run(task, Screen(Console(file=io.StringIO())), save_every=1e9, page=False)
 
 
 def again(folder: Path, **order: Any) -> night.Outcome:
     task = orders.read(orders.Order(str(folder), **order))
-    return night.run(task, Screen(Console(file=io.StringIO())), save_every=1e9)
+    return night.run(task, Screen(Console(file=io.StringIO())), save_every=1e9, page=False)
 
 
 def rows(folder: Path, kind: str) -> list[dict[str, Any]]:
@@ -186,7 +186,7 @@ def test_a_changed_plan_of_looks_is_told_to_stay(tmp_path: Path) -> None:
     small.recipe(tmp_path, epochs=4, watch={"every": 1})
     told = io.StringIO()
     task = orders.read(orders.Order(str(recipe), out=tmp_path / "run"))
-    night.run(task, Screen(Console(file=told, width=300)), save_every=1e9)
+    night.run(task, Screen(Console(file=told, width=300)), save_every=1e9, page=False)
     assert "its looks stay as planned. New ones hold for the epochs that were added." in told.getvalue()
     assert json.loads((tmp_path / "run/run.json").read_text())["looks"]["full"] == [2, 3, 4]
 

@@ -203,7 +203,7 @@ def test_depot_lies_in_the_users_cache(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 def trained(folder: Path, name: str, **changes: Any) -> runs.RunFolder:
     path = small.recipe(folder, lora={"rank": 4, "alpha": 4, "layers": {"top": 1}}, **changes)
-    outcome = night.run(orders.read(Order(str(path), out=folder / name)), Screen(Console(quiet=True)))
+    outcome = night.run(orders.read(Order(str(path), out=folder / name)), Screen(Console(quiet=True)), page=False)
     return runs.RunFolder(outcome.folder)
 
 

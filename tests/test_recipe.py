@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from finetune import recipe, yamlfile
 from finetune.errors import Problem, UserError
-from finetune.recipe import Recipe, changed, fingerprint, load, load_resolved, resolved_yaml, settings, unsupported
+from finetune.recipe import Recipe, changed, fingerprint, load, load_resolved, resolved_yaml, settings
 
 ROOT = Path(__file__).parent.parent
 CONTRACT = """\
@@ -84,7 +84,7 @@ def test_every_recipe_on_disk_validates() -> None:
     recipes = sorted((ROOT / "recipes").glob("*.yaml"))
     assert len(recipes) >= 6
     for path in recipes:
-        assert not unsupported(load(path)), path
+        load(path)
 
 
 def test_the_contract_shows_the_defaults(folder: Path) -> None:
@@ -239,16 +239,6 @@ def test_settings_that_clash_are_refused(folder: Path) -> None:
 
 def test_a_clash_is_not_blamed_on_a_wrong_value(folder: Path) -> None:
     assert "batch_size is 0." in only(SHORT + "batch_size: 0\nmachine: {micro_batch: 4}\n")
-
-
-def test_settings_of_later_versions_are_not_silently_ignored(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recipe, "_LATER", ("data.replay", "formats.sampled"))  # the true list shrinks
-    problems = unsupported(load("x.yaml", ["formats.sampled=0.2", "data.replay={path: examples, share: 0.1}"]))
-    assert [problem.what.split()[0] for problem in problems] == ["data.replay", "formats.sampled"]
-    assert unsupported(load("x.yaml")) == []
-
-
-# --- YAML itself
 
 
 def test_duplicate_keys_name_both_lines(folder: Path) -> None:

@@ -78,7 +78,7 @@ def test_a_run_writes_them_once_and_goes_on_with_the_same(tmp_path: Path) -> Non
     def run(epochs: int) -> dict[str, Any]:
         wanted = small.recipe(tmp_path, 4, regularise={"self_replay": 0.3}, epochs=epochs, quantization="none")
         task = orders.read(orders.Order(str(wanted), out=tmp_path / "run"))
-        night.run(task, Screen(Console(file=io.StringIO())), save_every=1e9)
+        night.run(task, Screen(Console(file=io.StringIO())), save_every=1e9, page=False)
         return dict(runs.read_json(tmp_path / "run" / "run.json"))
 
     first, path = run(1), tmp_path / "run" / selfreplay.NAME

@@ -25,7 +25,7 @@ def screen() -> tuple[Screen, io.StringIO]:
 
 
 def go(*words: Any, **more: Any) -> night.Outcome:
-    return night.run(orders.read(orders.Order(*words, **more)), screen()[0], save_every=1e9)
+    return night.run(orders.read(orders.Order(*words, **more)), screen()[0], save_every=1e9, page=False)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def reciting(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, nigh
     )
     shown, told = screen()
     task = orders.read(orders.Order(str(recipe), out=folder / "run"))
-    outcome = night.run(task, shown, save_every=1e9)
+    outcome = night.run(task, shown, save_every=1e9, page=False)
     return recipe, folder / "run", outcome, told.getvalue()
 
 

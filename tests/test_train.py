@@ -335,7 +335,7 @@ def test_goldfish_and_replay_and_all_formats_run(tmp_path: Path, what: str) -> N
     made = plan.make(recipe.load(path), model.POCKET)
     plain = plan.make(recipe.load(small.recipe(tmp_path / "plain", epochs=2)), model.POCKET)
     task = orders.read(orders.Order(str(path), out=tmp_path / "run"))
-    outcome = night.run(task, Screen(Console(file=io.StringIO())), save_every=1e9)
+    outcome = night.run(task, Screen(Console(file=io.StringIO())), save_every=1e9, page=False)
     steps = [row for row in runs.read_lines(outcome.folder / "metrics.jsonl") if row["kind"] == "step"]
     rows = [item for epoch in (0, 1) for item in made.epochs.order(epoch)]
     assert sum(row["tokens"] for row in steps) == sum(len(item.ids) for item in rows)

@@ -106,7 +106,7 @@ def trained(folder: Path, formats: Mapping[str, Any], epochs: int, seed: int) ->
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
     task = orders.read(orders.Order(str(path), out=folder / "run"))
-    night.run(task, Screen(Console(file=io.StringIO())), save_every=1e9)
+    night.run(task, Screen(Console(file=io.StringIO())), save_every=1e9, page=False)
     return folder / "run"
 
 

@@ -1,0 +1,76 @@
+"""A base made ready to be trained: whole, or only the trained layers, with what lies below them done once.
+
+It loads, attaches and fills; it trains nothing and writes one line of run.json: what was stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from finetune import model, prefix, runs, slices, train
+from finetune.estimate import layers_below
+from finetune.machine import Derived
+from finetune.plan import Plan
+from finetune.recipe import Recipe
+from finetune.runs import RunFolder
+from finetune.speak import Speaker
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready to be trained, what it belongs to, and who speaks with it."""
+
+    model: Any
+    start: model.Start
+    base: model.Base
+    speaker: Speaker
+
+
+def load(
+    run: RunFolder, made: Plan, base: model.Base, besides: Iterable[prefix.Ids], tell: Callable[[str], object]
+) -> Loaded:
+    """Load what a recipe asks for. `besides`: texts that are read at looks and not in the plan."""
+    wanted = made.recipe
+    below = layers_below(slices.layer_count(base.folder), _top(wanted), _noise(wanted), wanted.machine.prefix_gib)
+    short = _shortened(run, made, base, below, besides, tell) if below else None
+    bare = short.model if short else model.load_base(base.folder, wanted.quantization, model.pick_device())
+    lora = wanted.lora
+    shape = model.LoraShape(lora.rank, lora.alpha, lora.dropout, lora.targets, _top(wanted))
+    adapted = model.attach(bare, shape, wanted.seed)
+    if _noise(wanted):
+        train.add_stochastic_depth(adapted, _noise(wanted))
+    speaker = Speaker(adapted, made.vocabulary.tokenizer, made.vocabulary.eos_id)
+    if short:
+        speaker.whole = short.whole
+    return Loaded(adapted, model.Start(adapted), base, speaker)
+
+
+def _top(wanted: Recipe) -> int | None:
+    return None if wanted.lora.layers == "all" else wanted.lora.layers.top
+
+
+def _noise(wanted: Recipe) -> float:
+    return wanted.regularise.stochastic_depth
+
+
+def _shortened(
+    run: RunFolder,
+    made: Plan,
+    base: model.Base,
+    below: int,
+    besides: Iterable[prefix.Ids],
+    tell: Callable[[str], object],
+) -> prefix.Shortened:
+    """The upper layers alone, and what the lower ones make of every known text."""
+    tell(f"Computing what the {below} lower layers make of every text, once; nobody trains them.")
+    source = prefix.Source(base.folder, made.recipe.quantization, model.pick_device(), below)
+    short = prefix.load(source, made.recipe.machine.prefix_gib)
+    texts = made.texts
+    items = (*texts.whole.values(), *texts.held_out.values(), *texts.twins.values(), *texts.replay)
+    filled = short.prefix.fill([prefix.PROOF, *(item.ids for item in items), *besides])
+    why = f"{filled.texts} texts, {filled.computed} computed in {filled.seconds:.0f} s, {filled.kept} kept on the disk"
+    known = runs.read_json(run.run_json)["derived"]
+    run.record(derived={**known, "stored_activations_gib": Derived(filled.gib, why)})
+    return short
