@@ -97,7 +97,9 @@ def prove_no_path(folder: Path, secrets: Sequence[Path]) -> None:
 
 def size(count: float) -> str:
     """Bytes in words."""
-    return f"{count / _GIB:.2f} GiB" if count >= _GIB else f"{count / 2**20:.1f} MiB"
+    if count >= _GIB:
+        return f"{count / _GIB:.2f} GiB"
+    return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count / 2**10:.1f} KiB"
 
 
 def _readme(made: Bundle) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from finetune import bundle, llamafiles, mergedfiles, modelfile, presets
+from finetune import bundle, llamafiles, mergedfiles, modelfile, presets, tables
 from finetune.bundle import Bundle
 from finetune.errand import Errand, Wish
 from finetune.errand import errand as errand_of
@@ -35,17 +35,18 @@ class Done:
         return {"folder": str(self.folder), **self.about}
 
 
-def told(done: Done) -> Iterator[str]:
-    """For a terminal: what lies where, what was verified, what to mind, what to do next."""
+def told(done: Done, width: int) -> Iterator[str]:
+    """For a terminal so wide: what lies where, what was verified, what to mind, what to do next."""
     yield f"Wrote {done.folder}"
     for name, count in done.about["files"].items():
         yield f"  {name}  {bundle.size(count)}"
     for title, rows in (("Verified", done.about["verified"]), ("Mind", done.about["warnings"])):
         if rows:
             yield title
-            yield from (f"  {row}" for row in rows)
+            yield from (line for row in rows for line in tables.wrapped(row, width, "  "))
     yield "Next"
-    yield from (f"  {one['program']}: {one['do']}" for one in done.about["next"])
+    for one in done.about["next"]:
+        yield from tables.wrapped(f"{one['program']}: {one['do']}", width, "  ")
 
 
 def export(run: Opened, wish: Wish, tell: Tell = lambda _line: None) -> Done:
@@ -93,7 +94,7 @@ def _ollama(errand: Errand) -> tuple[Fill, float]:
 
 def _ollama_parts(errand: Errand, made: Bundle, tell: Tell) -> None:
     dtype = errand.wish.dtype or "f16"
-    made.facts |= {**errand.facts(), "dtype": dtype}
+    made.facts |= {**errand.facts(), "onto": errand.wish.onto, "dtype": dtype}
     lora = made.folder / f"{errand.name}-lora.gguf"
     llamafiles.write_adapter(errand, lora, made, tell)
     source = errand.wish.source
@@ -128,7 +129,7 @@ def _finish_ollama(errand: Errand, made: Bundle, source: str, adapter: str | Non
 
 
 def _presets(errand: Errand) -> tuple[Fill, float]:
-    found = presets.presets(errand.format, errand.vocabulary, f"{errand.name} {_title(errand.format_name)}")
+    found = presets.presets(errand.format, errand.vocabulary, f"{errand.name}-{_title(errand.format_name)}")
     return lambda made, _tell: _fill_presets(errand, found, made), 2**20
 
 

@@ -42,8 +42,9 @@ def size(plan: Merge, dtype: str) -> float:
 
 
 def bare_plan(errand: Errand) -> Merge:
-    """The base alone."""
-    return Merge(tuple(merge.stored(errand.opened.base.folder)), {}, 1.0, dtype=torch.float32)
+    """The base alone: as published, or as it was trained on."""
+    unpacked = merge.unpacked(errand.worn().model) if errand.wish.onto == "dequantised" else {}
+    return Merge(tuple(merge.stored(errand.opened.base.folder)), {}, 1.0, unpacked, torch.float32)
 
 
 def to_gguf(errand: Errand, plan: Merge, made: Bundle, tell: Tell) -> None:

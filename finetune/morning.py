@@ -267,7 +267,7 @@ def export(
     if as_json:
         typer.echo(json.dumps(done.as_dict(), indent=2))
         return
-    terminal.lines(tables.harmless(line) for line in goods.told(done))
+    terminal.lines(tables.harmless(line) for line in goods.told(done, terminal.width()))
 
 
 VERBS: tuple[tuple[Callable[..., Any], str], ...] = (  # (verb, example)
