@@ -31,6 +31,7 @@ from finetune import (
     overlap,
     runs,
     shades,
+    siblings,
     subject,
     suite,
 )
@@ -433,3 +434,21 @@ def test_results_do_not_go_among_other_things(home: Path, memorised: Path, stran
     (home / "full" / "letter.txt").touch()
     with pytest.raises(UserError, match="Name another folder with --out"):
         subject.of(str(strangers), memorised / "small.yaml", home / "full")
+
+
+# --- beside other runs
+
+
+def test_primacy_is_read_over_runs_that_differ_in_their_seed_alone(home: Path) -> None:
+    found = opened.read(RUN)
+    own = siblings.course(found, bench.read(found.run))
+    assert [len(one) for one in own.orders] == [6]
+    assert [(at, name) for name, at in (own.places(0) or {}).items()] == [
+        (1 + i // 3, item.example) for i, item in enumerate(found.plan.epochs.order(0))
+    ]
+    for name, old, new in (("twin", "seed: 0", "seed: 1"), ("other", "rank: 64", "rank: 32"), ("same", "", "")):
+        shutil.copytree(RUN, home / "runs" / name)
+        file = home / "runs" / name / "recipe.yaml"
+        file.write_text(file.read_text().replace(old, new))
+    assert [one.run.path.name for one in siblings.siblings(found)] == ["twin"]
+    assert len(siblings.course(found, bench.read(found.run)).orders) == 2
