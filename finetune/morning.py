@@ -209,7 +209,7 @@ def report(
     ] = False,
     as_json: terminal.AsJson = False,
 ) -> None:
-    """One self-contained page about a run, or about several side by side.
+    """One self-contained page about a run, or several runs.
 
     Needs no server and no network. While a run goes on an open page looks again by itself; of an adapter made elsewhere
     it says what can be said.
@@ -252,9 +252,10 @@ def export(
     ] = [],  # noqa: B006  # typer reads it, nothing writes it
     as_json: terminal.AsJson = False,
 ) -> None:
-    """Files for other programs: merged weights, llama.cpp's, Ollama's, instruct presets.
+    """Files for other programs, read again once written.
 
-    Each is read again by the program it is for, where that is installed, and a folder is whole or not there. `from`
+    merged: safetensors for transformers and vLLM; gguf: for llama.cpp; ollama: a model for it; presets: instruct
+    templates for SillyTavern, text-generation-webui and KoboldCpp. Each is read again by the program it is for, where that is installed, and a folder is whole or not there. `from`
     is a model Ollama knows, `converter` the folder of llama.cpp's scripts (else $LLAMA_CPP, PATH, or our own writer).
     """
     terminal.quiet_libraries()
