@@ -35,7 +35,7 @@ ARCHITECTURES = {
     "qwen3": (gguf.MODEL_ARCH.QWEN3, False),
 }
 _LORA = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
-_REMEDY = "Name llama.cpp's own script with --converter, or use the `merged` export."
+_REMEDY = "Name llama.cpp's own folder with --set converter=DIR, or use the `merged` export."
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ _CUTS: dict[str, tuple[str, bool]] = {
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+": ("tekken", True),
 }
-_REMEDY = "Convert with llama.cpp's own script (--converter), or use the `merged` export."
+_REMEDY = "Convert with llama.cpp's own script (--set converter=DIR), or use the `merged` export."
 
 
 @dataclass(frozen=True)
