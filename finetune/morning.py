@@ -255,8 +255,9 @@ def export(
     """Files for other programs, read again once written.
 
     merged: safetensors for transformers and vLLM; gguf: for llama.cpp; ollama: a model for it; presets: instruct
-    templates for SillyTavern, text-generation-webui and KoboldCpp. Each is read again by the program it is for, where that is installed, and a folder is whole or not there. `from`
-    is a model Ollama knows, `converter` the folder of llama.cpp's scripts (else $LLAMA_CPP, PATH, or our own writer).
+    templates for SillyTavern, text-generation-webui and KoboldCpp. Weights are loaded again by transformers or, where
+    xllamacpp is installed, by llama.cpp. `from` is a model Ollama knows, `converter` the folder of llama.cpp's scripts
+    (else $LLAMA_CPP, PATH, or our own writer).
     """
     terminal.quiet_libraries()
     from finetune import errand, opened
