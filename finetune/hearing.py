@@ -16,8 +16,9 @@ from finetune import ear, heard, looks, prompts
 from finetune.ear import Base, Ear, Heard, Overheard
 from finetune.looks import Movement, Place
 from finetune.passage import Key, Passage
+from finetune.prefix import NoRoom
 from finetune.runs import RunFolder
-from finetune.speak import Speaker
+from finetune.speak import Answer, Speaker
 
 _ASKED = 8  # alarmed examples whose answer is written out at a full look; the likeliest ones: writing is dear
 
@@ -42,6 +43,7 @@ class Hearing:
     base: Base
     noise: float | None = None
     _readings: dict[Key, heard.Reading] = field(default_factory=dict)
+    _mute: bool = False  # no answer can be written on this machine: said once
 
     def look(self, place: Place, movement: Movement, alarmed: Sequence[str]) -> Taken:
         """Measure at one place. `alarmed`: trained examples that were heard to echo, the strongest first."""
@@ -61,6 +63,16 @@ class Hearing:
     def free(self, said: Sequence[Overheard], place: Place) -> list[Row]:
         """Rows of what the training forward said."""
         return list(ear.free(self.ear, self.speaker, self.base, said, place))
+
+    def answers(self, prompts: Sequence[Sequence[int]], stops: Sequence[str], limit: int) -> list[Answer] | None:
+        """Greedy answers; None, which the log tells once, where the model can be read here but cannot write."""
+        try:
+            return self.speaker.complete(prompts, stops, limit)
+        except NoRoom as fault:
+            if not self._mute:
+                self.run.note(f"No answers are written at looks: {fault}.")
+            self._mute = True
+            return None
 
     def _groups(self, place: Place, alarmed: Sequence[str]) -> Iterator[Sequence[Passage]]:
         """Texts that are read together, each with the others of its split and format."""
@@ -92,12 +104,15 @@ class Hearing:
         pairs = zip(found.passages, found.measured.found, strict=True)
         likely = [(one.hits / one.tokens, passage) for passage, one in pairs if one.long and one.whole is False]
         asked = [one for _, one in sorted(likely, key=lambda pair: pair[0], reverse=True) if one.asked][:_ASKED]
-        return ear.again(self.ear, found, self.base, self._answers(asked), place) if asked else found
+        greedy = self._greedy(asked) if asked else None
+        return found if greedy is None else ear.again(self.ear, found, self.base, greedy, place)
 
-    def _answers(self, asked: Sequence[Passage]) -> Mapping[Key, str]:
-        """Greedy answers to the bare prompts of passages in one format."""
+    def _greedy(self, asked: Sequence[Passage]) -> Mapping[Key, str] | None:
+        """Answers to the bare prompts of passages in one format; None where none can be written."""
         format_, vocabulary = self.ear.format(asked[0].format), self.ear.plan.vocabulary
         limit = 1 + max(5 * sum(one.read) // 4 for one in asked)
         stops = prompts.stops(format_, vocabulary)
-        answers = self.speaker.complete([one.asked for one in asked], stops, limit)
+        answers = self.answers([one.asked for one in asked], stops, limit)
+        if answers is None:
+            return None
         return {one.key: answer.text for one, answer in zip(asked, answers, strict=True)}

@@ -65,11 +65,10 @@ def room(config: Any, device: torch.device) -> int:
     kept = getattr(config, "num_key_value_heads", None) or heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     each = 2 * config.num_hidden_layers * kept * width * 4
-    return max(1, int(_free(device) // each))
+    return max(1, int((_SHARE * free(device) if device.type == "cuda" else _HOST) // each))
 
 
-def _free(device: torch.device) -> float:
-    if device.type != "cuda":
-        return _HOST
-    reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return _SHARE * (torch.cuda.mem_get_info(device)[0] + reserved)
+def free(device: torch.device) -> int:
+    """Bytes of a card that nothing uses: what the driver has left, and what torch holds back for later."""
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0] + held)

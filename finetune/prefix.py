@@ -20,7 +20,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from finetune import model, slices
+from finetune import lots, model, slices
 from finetune.depot import Depot, home, name_of
 from finetune.errors import refuse
 from finetune.slices import Slice
@@ -189,8 +189,8 @@ class Lower:
         if self._loaded is None:
             part = Slice(0, self.source.first)
             self._loaded = model.load_base(self.source.folder, self.source.quantization, self.source.device, part)
-        self._loaded.to(self.source.device)
         try:
+            self._loaded.to(self.source.device)
             yield self._loaded
         finally:
             if self.source.device.type != "cpu":
@@ -201,7 +201,7 @@ class Lower:
         """Whether the device has room for all of them beside what is there; a tenth is left for their work."""
         if self.source.device.type != "cuda":
             return True
-        return bool(torch.cuda.mem_get_info(self.source.device)[0] * 0.9 > self.layer_bytes * self.source.first)
+        return lots.free(self.source.device) * 0.9 > self.layer_bytes * self.source.first
 
     def stream(self, ids: Ids) -> Tensor:
         """Of one text, (T, hidden) fp32 on the host; the same bits whether all layers fit at once or one by one."""

@@ -249,7 +249,9 @@ class Vigil:
         vocabulary = self.plan.vocabulary
         ids = [encode(prompts.render_prompt(turns, format_, vocabulary), vocabulary).ids for _, turns in asked]
         stops = prompts.stops(format_, vocabulary)
-        answers = self.speaker.complete(ids, stops, self.plan.answer_limit())
+        answers = self.hearing.answers(ids, stops, self.plan.answer_limit())
+        if answers is None:
+            return
         seconds = time.monotonic() - began
         for (example, turns), answer in zip(asked, answers, strict=True):
             where = {"step": place.step, "epoch": place.epoch, "travel": place.travel, "format": name, "id": example}

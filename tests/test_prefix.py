@@ -223,3 +223,15 @@ def test_a_night_on_stored_activations_is_the_same_night(tmp_path: Path, monkeyp
     assert told["stored_activations_gib"]["value"] > 0
     assert "stored_activations_gib" not in runs.read_json(whole.run_json)["derived"]
     assert list((tmp_path / "cache").rglob("*.safetensors"))
+
+
+def test_a_night_that_cannot_write_answers_goes_on_without_them_and_says_so_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(prefix.Lower, "fits", lambda _self: False)
+    run = trained(tmp_path, "mute")
+    assert runs.read_json(run.run_json)["state"] == "finished"
+    assert losses(run, "look")
+    assert runs.read_lines(run.samples) == []
+    assert run.log.read_text().count("No answers are written") == 1
