@@ -63,7 +63,7 @@ def lines(examples: Sequence[Row], step: int, ear: Ear, base: Mapping[Key, Readi
     for row in now:
         echoed[row["id"]].append(_echoes(row))
     made = [_line(row, ear, base, since, echoed[row["id"]]) for row in now if row["format"] == first]
-    return sorted(made, key=lambda one: (not one.whole, one.long is None, -one.run, one.example))
+    return sorted(made, key=lambda one: (not one.whole, one.long is None, not one.loud, -one.run, one.example))
 
 
 def _is_now(row: Row, step: int) -> bool:

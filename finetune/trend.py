@@ -19,7 +19,7 @@ from finetune.curve import Visit
 Row = Mapping[str, Any]
 Places = Mapping[str, int]  # example to its place in an epoch's steps, from 1
 _LOST = "not resolvable"
-_FEWEST = 2  # pairs below which nothing is said of a difference
+_FEWEST = 3  # examples below which nothing is said
 
 
 @dataclass(frozen=True)
@@ -175,8 +175,8 @@ def _twins(course: Course) -> Trend:
 
 
 def _twin_words(gap: Interval | None, change: Interval | None, count: int) -> str:
-    if gap is None or change is None:
-        why = "the base was not asked" if gap is not None else f"{count} twins cannot be told from luck"
+    if gap is None or change is None or count < _FEWEST:
+        why = "the base was not asked" if count >= _FEWEST else f"{count} twins cannot be told from luck"
         return f"Twins: {_LOST}, {why}."
     bounds = f"{change.value:+.3f} nats per token since the base (between {change.low:+.3f} and {change.high:+.3f})"
     asked = f"Asked in other words, {count} trained answers cost {gap.value:+.3f} more than asked in their own"
@@ -203,7 +203,7 @@ def later_turns(gains: Iterable[Sequence[float]]) -> Trend:
     both = [(one[0], fmean(one[1:])) for one in gains if len(one) > 1]
     later, gap = chance.mean([b for _, b in both]), chance.mean([b - a for a, b in both])
     about = {"gain": _bounds(later), "against_first": _bounds(gap), "examples": len(both)}
-    if later is None or gap is None:
+    if later is None or gap is None or len(both) < _FEWEST:
         why = f"it takes {_FEWEST} held-out examples with several answers, and there are {len(both)}."
         return Trend("later turns", f"Later turns: {_LOST}, {why}", about)
     said = f"Later answers of {len(both)} held-out talks gained {later.value:+.3f} nats per token"
@@ -211,7 +211,7 @@ def later_turns(gains: Iterable[Sequence[float]]) -> Trend:
     if gap.high < 0:
         return Trend("later turns", f"{said}, {bounds}: what is learnt holds less well once a talk goes on.", about)
     if gap.low > 0:
-        return Trend("later turns", f"{said}, {bounds}: it gains more once a talk goes on.", about)
+        return Trend("later turns", f"{said}, {bounds}: they gained more.", about)
     return Trend("later turns", f"Later turns: {_LOST}; {said[0].lower()}{said[1:]}, {bounds}.", about)
 
 

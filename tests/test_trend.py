@@ -133,7 +133,7 @@ def test_later_turns_are_told_apart() -> None:
     assert "there are 0" in trend.later_turns([[0.3], [0.2]]).words
     falling = [[0.5, 0.2 + 0.01 * n, 0.2] for n in range(6)]
     assert "holds less well once a talk goes on" in trend.later_turns(falling).words
-    assert "gains more" in trend.later_turns([[0.1, 0.4 + 0.01 * n] for n in range(6)]).words
+    assert "they gained more" in trend.later_turns([[0.1, 0.4 + 0.01 * n] for n in range(6)]).words
     assert not trend.later_turns([[0.1, 0.4], [0.4, 0.1], [0.2, 0.2]]).resolved
 
 
