@@ -59,7 +59,6 @@ optimizer:
   warmup_steps: 5
 machine: {micro_batch: 2}
 epochs: 0
-hub: {repo: me/mine}
 """
 TOLD = """\
 r.yaml:1  base is ./bsae, where there is nothing.  Did you mean {folder}/base?
@@ -72,7 +71,6 @@ r.yaml:9  optimizer.warmup_steps is 5, which the schedule constant ignores.  \
 Write schedule: constant_with_warmup, or remove warmup_steps.
 r.yaml:10  machine.micro_batch is 2, which does not divide batch_size 1.  Write 1 or auto.
 r.yaml:11  epochs is 0.  Write a whole number (>= 1, <= 100000).
-r.yaml:12  hub.repo is me/mine: this version cannot do that yet.  Leave out hub.repo.
 talk/moss.md:9  assistant speaks where user should.  Write [system], user, assistant, user, assistant ...
 talk/tram.md  the file is empty.  Write an example in it, or remove it.
 """
@@ -85,7 +83,7 @@ def test_ten_faults_of_recipe_and_dataset_are_told_at_once(sft: paper.Door, tmp_
         file.write("## assistant\nAgain.\n")
     (tmp_path / "talk" / "tram.md").write_text("")
     code, out, err = sft("check", "r.yaml")
-    assert (code, out) == (2, "12 to mend.\n")
+    assert (code, out) == (2, "11 to mend.\n")
     assert err == TOLD.format(folder=tmp_path)
 
 

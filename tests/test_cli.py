@@ -137,10 +137,13 @@ def test_a_run_from_its_first_line_to_its_last(sft: paper.Door, tmp_path: Path) 
     assert any(
         re.fullmatch(r"epoch 1/2  step 3  loss \d\.\d{5}  lr 1\.00e-03  travel 3\.00e-03  .*", one) for one in lines
     )
-    assert lines[-2].startswith("Adapter: runs/small/adapter (epoch 2: ")
-    assert re.fullmatch(r"Held-out loss .* \d\.\d{5} nats per token, \d\.\d{5} \w+ the base \(chatml\)\.", lines[-1])
-    assert sft("train", "small.yaml") == (0, "\n".join(lines[-2:]) + "\n", "")  # again: the same result, at once
-    assert sft("train", "runs/small") == (0, "\n".join(lines[-2:]) + "\n", "")
+    end = lines[-3:]
+    assert [line.split(" ")[0] for line in end] == ["Verdict:", "Next:", "Adapter:"]
+    assert "on 2 held-out examples" in end[0]
+    assert end[2].startswith("Adapter: runs/small/adapter (epoch 2: ")
+    assert (tmp_path / "runs/small/report.html").is_file()
+    assert sft("train", "small.yaml") == (0, "\n".join(end) + "\n", "")  # again: the same result, at once
+    assert sft("train", "runs/small") == (0, "\n".join(end) + "\n", "")
 
 
 def test_planned_numbers_have_reasons(sft: paper.Door, tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ def test_the_rate_warms_up_holds_and_falls_to_nothing():
 
 
 def test_an_interrupted_making_goes_on_exactly(tokenizer, tmp_path):
-    settings = replace(SETTINGS, steps=3, hot=3, warmup=1, documents=(2, 2))
+    settings = replace(SETTINGS, steps=3, hot=3, warmup=1, documents=(4, 4))
     whole, resumed = pocket.make_model(tokenizer, 0), pocket.make_model(tokenizer, 1)
     pocket.train(whole, tokenizer, settings, tmp_path / "whole.pt")
     pocket.train(pocket.make_model(tokenizer, 0), tokenizer, replace(settings, steps=2), tmp_path / "state.pt")
