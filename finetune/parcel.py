@@ -17,7 +17,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import IO, Any
 
-from finetune import byheart, card, places, private, recipe, runs, yamlfile
+from finetune import byheart, card, disk, places, private, recipe, runs, yamlfile
 from finetune.card import Run
 from finetune.conversation import Conversation
 from finetune.errors import Problem, UserError, refuse
@@ -104,7 +104,7 @@ def make(folder: RunFolder, wish: Wish, report: str | None = None) -> Parcel:
     examples = card.dataset(run.recipe)
     remarks = [] if examples else ["The dataset is not on this disk: it was not searched for secrets."]
     page = [] if report is None else [Item("report.html", report.encode())]
-    items = [*_always(run), *page, *(_texts(run) if wish.with_texts else ())]
+    items = [*_always(run, wish.with_texts), *page, *(_texts(run) if wish.with_texts else ())]
     parcel = Parcel(run, wish, tuple(items), tuple(examples), tuple(remarks))
     if problems := list(_faults(parcel)):
         raise UserError(problems)
@@ -125,14 +125,22 @@ def allowed(folder: RunFolder, wish: Wish) -> Run:
 # --- files
 
 
-def _always(run: Run) -> Iterator[Item]:
+def _always(run: Run, texts: bool) -> Iterator[Item]:
     yield Item(_CONFIG, _config(run))
     yield Item(_WEIGHTS, run.folder.adapter / _WEIGHTS)
     yield Item("recipe.yaml", _shortened(run.recipe).encode())
-    yield Item("verdict.json", run.folder.verdict.read_bytes())
+    yield Item("verdict.json", run.folder.verdict.read_bytes() if texts else _wordless(run))
     for name in (*run.recipe.formats.train, *run.recipe.formats.held_out):
         if Path(name).is_absolute() and Path(name).is_file():
             yield Item(f"formats/{Path(name).name}", Path(name).read_bytes())
+
+
+def _wordless(run: Run) -> bytes:
+    """The verdict: who recites how much, and not the words."""
+    said = runs.read_json(run.folder.verdict)
+    for one in (*said.get("recited", ()), *(said.get("run") or {}).get("recited", ())):
+        one.pop("words", None)
+    return (disk.to_json(said, 2) + "\n").encode()
 
 
 def _config(run: Run) -> bytes:

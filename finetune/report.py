@@ -158,7 +158,7 @@ def _papers(run: Run, texts: bool) -> dict[str, Any]:
     return {
         "recipe": _recipe(folder.recipe, texts),
         "derived": run.facts.get("derived") or {},
-        "environment": list(_environment(run.facts)),
+        "environment": list(_environment(run.facts, texts)),
         "log": log[-_LOG:] if texts else [],
         "log_lines": len(log),
     }
@@ -176,10 +176,12 @@ def _recipe(path: Path, texts: bool) -> str:
     return "\n".join(lines)
 
 
-def _environment(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    for key in ("version", "seed", "python", "platform", "machine", "cpu_count", "memory_gib", "commit", "refit_of"):
+def _environment(facts: Mapping[str, Any], texts: bool) -> Iterator[tuple[str, str]]:
+    for key in ("version", "seed", "python", "platform", "machine", "cpu_count", "memory_gib", "commit"):
         if facts.get(key) is not None:
             yield key.replace("_", " "), str(facts[key])
+    if (parent := facts.get("refit_of")) is not None:
+        yield "refit of", str(parent) if texts else Path(parent).name  # a folder of this machine
     for key in ("device", "versions", "fingerprints"):
         for name, value in (facts.get(key) or {}).items():
             yield f"{key.removesuffix('s')}: {name}", "–" if value is None else str(value)

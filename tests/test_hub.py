@@ -25,7 +25,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from finetune import card, corpus, hub, model, parcel, runs
+from finetune import card, corpus, hub, model, parcel, recipe, runs
 from finetune.errors import UserError
 from finetune.hub import Patience
 from finetune.parcel import Wish
@@ -162,6 +162,24 @@ def test_a_report_without_texts_is_proven_to_have_none(run: RunFolder) -> None:
         parcel.make(run, Wish("me/rain"), report=f"<style>a {{}}</style><td>{words}</td>")
     made = parcel.make(run, Wish("me/rain"), report="<h1>ok</h1><td>1.602 ± 0.014</td>")
     assert "report.html" in {item.name for item in made.items}
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_what_is_recited_is_sent_only_when_asked(run: RunFolder, there: bool) -> None:
+    words = "The rain helps the field number 0. The child: I can play in the rain."
+    said = runs.read_json(run.verdict)
+    row = {"id": "rain", "echo_whole": True, "words": words}
+    runs.write_json(run.verdict, {**said, "recited": [row], "run": {**said["run"], "recited": [row]}})
+    if not there:  # then nothing can be searched for
+        told = recipe.load_resolved(run.recipe)
+        Path(told.data.train).rename(run.path / "elsewhere")
+    bare, asked = (
+        {item.name: item.bytes() for item in parcel.make(run, Wish("me/rain", with_texts=texts)).items}["verdict.json"]
+        for texts in (False, True)
+    )
+    assert b"helps the field" not in bare
+    assert json.loads(bare)["recited"] == [{"id": "rain", "echo_whole": True}]
+    assert b"helps the field" in asked
 
 
 # --- the card
