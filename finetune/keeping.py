@@ -140,15 +140,22 @@ def _headline(one: Judgement) -> str:
 
 
 def _recited(rows: Iterable[Row], step: int, quote: Callable[[Row], str]) -> Iterator[dict[str, Any]]:
-    """Examples that echo in their newest measurement up to a step, the strongest first, with the words they recite."""
-    past = sorted((row for row in rows if row["step"] <= step), key=lambda row: (row["step"], row["map"] != "free"))
+    """Examples that echo in their newest measurement up to a step, the strongest first, with the words they recite.
+
+    Of one look's formats the one in which an example echoes most stands for it.
+    """
+    heard = (row for row in rows if row["step"] <= step and row.get("windows") is not None)
+    past = sorted(heard, key=lambda row: (row["step"], row["map"] != "free", *_strength(row)))
     since = alarms(past)
-    newest = {row["id"]: row for row in past if row.get("windows") is not None}
-    loud = [row for row in newest.values() if any(_shown(row))]
-    for row in sorted(loud, key=lambda row: (not row["echo_whole"], not row["long"], -row["run_max"])):
+    loud = [row for row in {row["id"]: row for row in past}.values() if any(_shown(row))]
+    for row in sorted(loud, key=_strength, reverse=True):
         first = {kind: known["epoch"] for (name, kind), known in since.items() if name == row["id"]}
         told = {key: row[key] for key in ("id", "format", "epoch", "run_max", "excess_bits", "echo_whole", "long")}
         yield {**told, "since": first, "words": quote(row)}
+
+
+def _strength(row: Row) -> tuple[bool, bool, int]:
+    return bool(row["echo_whole"]), bool(row["long"]), int(row["run_max"] or 0)
 
 
 def measured(one: Judgement) -> dict[str, Any]:
