@@ -275,9 +275,13 @@ def closing(speaker: Speaker, plan: Plan, ready: Probe, place: Place) -> list[Ro
 
 
 def sampled(now: Iterable[Mapping[str, Any]], before: Iterable[Mapping[str, Any]]) -> list[Said]:
-    """Rows of samples.jsonl at one look beside those at step 0, where the adapter is still the base."""
+    """Rows of samples.jsonl at one look beside those at step 0, where the adapter is still the base.
+
+    A question that was added later is left out: what the base says to it nobody knows.
+    """
     base = {(row["id"], row["prompt"]): row["answer"] for row in before}
-    return [Said(row["id"], row["prompt"], row["answer"], base.get((row["id"], row["prompt"]), "")) for row in now]
+    both = [(row, base.get((row["id"], row["prompt"]))) for row in now]
+    return [Said(row["id"], row["prompt"], row["answer"], said) for row, said in both if said is not None]
 
 
 def _neutral(one: suite.Snippet, vocabulary: Vocabulary) -> Text:

@@ -276,10 +276,11 @@ class _Shelf:
         return Leak(worst, Count(len(said) - said.count("none"), len(said)))
 
     def script(self, step: int) -> Count | None:
-        """Answers of the newest step that has any."""
+        """Answers of the newest step that has any, each once: a closing measurement asks again what a look asked."""
         rows = [row for row in self.findings if row.get("wrong_script") is not None and row["step"] <= step]
         newest = [row for row in rows if row["step"] == max(one["step"] for one in rows)]
-        return Count(sum(bool(row["wrong_script"]) for row in newest), len(newest)) if newest else None
+        said = {(row["id"], row["prompt"]): bool(row["wrong_script"]) for row in newest}
+        return Count(sum(said.values()), len(said)) if said else None
 
 
 def course(series: Sequence[_Place], base: Values, cut: float | None = 0.0) -> Course | None:

@@ -99,7 +99,7 @@ class Summary:
 
 def summary(rows: Iterable[Row], step: int | None = None) -> Summary | None:
     """Of a step, by default the newest that was measured; None where none was."""
-    own = [row for row in rows if row["probe"] == "drift"]
+    own = once(row for row in rows if row["probe"] == "drift")
     steps = {row["step"] for row in own}
     if not steps or (step is not None and step not in steps):
         return None
@@ -108,6 +108,12 @@ def summary(rows: Iterable[Row], step: int | None = None) -> Summary | None:
     axes = [axis for axis in NAMES if any(row.get("axis") == axis for row in here)]
     moved = tuple(_moved(axis, [row for row in here if row.get("axis") == axis]) for axis in axes)
     return Summary(at, moved, _kept([row for row in here if "fact" in row]), _spoken(here))
+
+
+def once(rows: Iterable[Row]) -> list[Row]:
+    """Each text and answer of a step once, as it was read last: a closing measurement reads what a look had read."""
+    keys = ("step", "axis", "id", "prompt", "fact")
+    return list({tuple(row.get(key) for key in keys): row for row in rows}.values())
 
 
 def _moved(axis: str, rows: Sequence[Row]) -> Moved:

@@ -186,7 +186,7 @@ def drift(run: Run) -> About | None:
     summary = forgotten.summary(run.findings, run.chosen) or forgotten.summary(run.findings)
     if summary is None:
         return None
-    own = [row for row in run.findings if row["probe"] == "drift" and row["step"] == summary.step]
+    own = forgotten.once(row for row in run.findings if row["probe"] == "drift" and row["step"] == summary.step)
     strange = [row for row in own if row.get("wrong_script")]
     epoch = next((row["epoch"] for row in own if row.get("epoch") is not None), None)
     panels = [_drifting(run, one.axis) for one in summary.moved]
@@ -201,8 +201,8 @@ def drift(run: Run) -> About | None:
 def _drifting(run: Run, axis: str) -> Panel | None:
     """Change since the base over looks, with its bounds; None with a single look."""
     rows: dict[float, list[float]] = defaultdict(list)
-    for row in run.findings:
-        if row["probe"] == "drift" and row.get("axis") == axis and row.get("epoch") is not None:
+    for row in forgotten.once(row for row in run.findings if row["probe"] == "drift" and row.get("axis") == axis):
+        if row.get("epoch") is not None:
             rows[float(row["epoch"])].append(float(row["score"]) - float(row["base"]))
     found = [(epoch, chance.mean(values)) for epoch, values in sorted(rows.items())]
     known = [(epoch, one) for epoch, one in found if one is not None]
@@ -298,7 +298,7 @@ def cost(run: Run) -> About | None:
         "training": spent.get("training", training),
         "looking": spent.get("looking", looking),
         "share": spent.get("share_looking", looking / max(training + looking, 1e-9)),
-        "closing": spent.get("closing"),
+        "closing": (run.facts.get("closing") or {}).get("seconds"),
         "wh": spent.get("wh", sum(hours) if hours else None),
         "tokens": sum(row["tokens"] for row in run.steps),
     }

@@ -163,6 +163,17 @@ def test_answers_of_a_look_stand_beside_those_of_the_base() -> None:
     assert drift.sampled([row(4, "new")], [row(0, "old")]) == [Said("rain", "Do you?", "new", "old")]
 
 
+def test_a_text_that_a_closing_measurement_read_again_counts_once(night: Night) -> None:
+    rows = [*night.rows, *night.probe.spoken([Said("a", "Hi", "Six words.", "Two words here.")], ONE)]
+    again = [{**row, "look": "closing"} for row in rows]
+    assert forgotten.summary([*rows, *again]) == forgotten.summary(rows)
+
+
+def test_an_answer_whose_base_was_never_asked_is_not_judged() -> None:
+    now = [{"step": 4, "id": "", "prompt": "Added later?", "answer": "Да."}]
+    assert drift.sampled(now, [{"step": 0, "id": "", "prompt": "Hi", "answer": "Hi"}]) == []
+
+
 def test_nothing_measured_is_no_summary(night: Night) -> None:
     assert forgotten.summary([]) is None
     assert forgotten.summary([{"probe": "leak", "step": 3}]) is None

@@ -3,15 +3,18 @@
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune import chance, evidence, rules, verdict, yamlfile
+from finetune import chance, evidence, rules, runs, verdict, yamlfile
 from finetune.errors import UserError
 from finetune.evidence import Change, Count, Course, Echo, Facts, Leak, Setting
+from finetune.keeping import Keeper
+from finetune.runs import RunFolder
 from finetune.starters import find
 from finetune.verdict import Judgement, Verdict, judge
 
@@ -481,7 +484,11 @@ def test_one_example_without_a_number_leaves_the_look_unmeasured() -> None:
 
 def test_leaks_and_scripts_are_read_from_findings() -> None:
     leak = [{"probe": "leak", "step": 60, "leak": said} for said in ("none", "single")]
-    drift = [{"probe": "drift", "step": 60, "wrong_script": one} for one in (False, True)]
+    drift = [
+        {"probe": "drift", "step": 60, "look": kind, "id": name, "prompt": "Hi", "wrong_script": name == "b"}
+        for kind, names in (("full", "ab"), ("closing", "b"))
+        for name in names
+    ]
     last = evidence.facts(metrics(), examples(LEARNING), leak + drift, SETTING)[-1]
     assert last.leak == Leak("single", Count(1, 2))
     assert last.script == Count(1, 2)
@@ -624,3 +631,20 @@ def test_always_one_look_is_chosen(facts: list[Facts]) -> None:
     looks = [judge(one, BY) for one in facts]
     assert verdict.chosen(looks) in looks
     assert verdict.chosen(looks, running=True) in looks
+
+
+def test_who_recites_is_told_by_the_format_in_which_an_example_echoes_most(tmp_path: Path) -> None:
+    rows = [{**row, "map": "full", "run_max": 0, "excess_bits": 0.0} for row in examples(LEARNING)]
+    heard = {"step": STEPS[-1], "epoch": 9.0, "split": "train", "id": "a", "map": "full", "run_start": 0}
+    heard |= {"tokens": 60, "bytes": 200, "hits": 60, "nll": 0.1, "nll_tstar": 0.1, "masked_share": 0.0}
+    whole = {"format": "chatml", "run_max": 60, "excess_bits": 90.0, "echo_whole": True, "long": True}
+    weak = {"format": "alpaca", "run_max": 9, "excess_bits": 12.0, "echo_whole": False, "long": False}
+    rows += [{**heard, **one, "windows": [1, 50]} for one in (whole, weak)]
+    run = RunFolder(tmp_path)
+    runs.write_json(run.run_json, {})
+    runs.append_lines(run.metrics, metrics())
+    runs.append_lines(run.examples, rows)
+    keeper = Keeper(run, SETTING)
+    keeper.judge()
+    recited = keeper.document("epochs", None, lambda row: str(row["format"]))["run"]["recited"]
+    assert [(one["id"], one["echo_whole"], one["words"]) for one in recited] == [("a", True, "chatml")]
