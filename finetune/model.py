@@ -160,6 +160,17 @@ def load_base(folder: Path, quantization: str, device: torch.device, part: Slice
     return model
 
 
+def let_go(net: nn.Module) -> None:
+    """Free a model that nobody needs any more as soon as the last name of it goes.
+
+    bitsandbytes ties each 4-bit weight and its layer in a circle, which else stays on the device until Python happens
+    to look for circles.
+    """
+    for weight in net.parameters():
+        if getattr(weight, "module", None) is not None:
+            weight.module = None  # type: ignore[attr-defined]  # of Params4bit
+
+
 def _bits(quantization: str, dtype: torch.dtype) -> Any:
     if quantization == "nf4":
         return BitsAndBytesConfig(

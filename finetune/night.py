@@ -165,6 +165,7 @@ def _with_own_answers(task: Task, base: Path, made: Plan) -> Plan:
         task.run.note("The base writes its own answers, once.")
         bare = model.load_base(base, task.recipe.quantization, model.pick_device())
         selfreplay.write(path, Speaker(bare, made.vocabulary.tokenizer, made.vocabulary.eos_id), made)
+        model.let_go(bare)  # it is loaded again to be trained
     return selfreplay.mixed(made, path)
 
 

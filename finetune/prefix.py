@@ -69,6 +69,7 @@ def _passed_on(source: Source, part: Slice, hidden: Iterable[Tensor]) -> Iterato
         with torch.no_grad(), model.working_precision(source.device):
             given = one[None].to(source.device)
             yield decoder(inputs_embeds=given, use_cache=False).last_hidden_state[0].float().cpu()
+    model.let_go(loaded)
 
 
 def _embedded(source: Source, texts: Sequence[Ids]) -> list[Tensor]:
@@ -91,6 +92,7 @@ def check(source: Source) -> None:
     whole.norm = nn.Identity()
     with torch.no_grad(), model.working_precision(source.device):
         at_once = whole(input_ids=text, use_cache=False).last_hidden_state[0].float().cpu()
+    model.let_go(whole)
     apart = streamed(Source(source.folder, source.quantization, source.device, 2), [tuple(text[0].tolist())])[0]
     if not torch.equal(at_once, apart):
         what = f"base: the layers of {type(whole).__name__} cannot be computed one by one."

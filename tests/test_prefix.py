@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +148,24 @@ def test_lower_layers_are_loaded_one_at_a_time(folder: Path, monkeypatch: pytest
     monkeypatch.setattr(model, "load_base", watched)
     prefix.streamed(source(folder), TEXTS)
     assert asked == [0, 1, 1, 1, 1]
+
+
+def test_a_layer_is_gone_before_the_next_one_comes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load, seen, left = model.load_base, [], []
+
+    def watched(*given: Any) -> Any:
+        left.append(sum(one() is not None for one in seen))
+        made = load(*given)
+        seen.extend(map(weakref.ref, made.parameters()))
+        return made
+
+    monkeypatch.setattr(model, "load_base", watched)
+    gc.disable()  # circles stay, as they may for long
+    try:
+        prefix.streamed(source(folder), TEXTS)
+    finally:
+        gc.enable()
+    assert left == [0] * (1 + LAYERS - TOP)
 
 
 def test_a_damaged_entry_is_made_again(folder: Path, tmp_path: Path) -> None:
