@@ -37,9 +37,13 @@ class Opened:
 
     @property
     def adapter(self) -> Path:
-        """The chosen adapter's folder. Errors: UserError where there is none yet."""
-        if self.chosen is None or not self.run.adapter.is_dir():
+        """The chosen adapter's folder. Errors: UserError where there is none yet, or where it was deleted."""
+        if self.chosen is None:
             raise refuse("has no adapter yet: it stopped before its first look.", "Let it go on.", self.run.path)
+        if not self.run.adapter.is_dir():
+            kept = dict(self.kept()).get(self.chosen)
+            remedy = f"Copy {kept} to that place." if kept else "Train again, with --fresh."
+            raise refuse("is gone: the run's adapter was deleted or moved.", remedy, self.run.adapter)
         return self.run.adapter
 
     def epoch(self, step: int) -> float:

@@ -423,6 +423,12 @@ def test_what_there_is_not_is_refused_before_anything_is_loaded(run: Path, sft: 
     (run / "run.json").write_text(json.dumps(facts))
     assert (code, out) == (2, "")
     assert "has no adapter yet" in err
+    (run / "adapter").rename(run / "moved")
+    code, out, err = sft("chat", run)
+    (run / "moved").rename(run / "adapter")
+    assert (code, out) == (2, "")
+    assert "is gone: the run's adapter was deleted or moved.  Copy " in err
+    assert "step-" in err
 
 
 # --- the line editor
