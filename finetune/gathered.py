@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from finetune import chance, runs, verdict, yamlfile
+from finetune import chance, disk, runs, verdict, yamlfile
 from finetune.chance import Interval
 from finetune.errors import refuse
 from finetune.evidence import Count, Row, Setting
@@ -249,14 +249,28 @@ def read(folder: Path | str, verdicts: Mapping[int, str] | None = None) -> Run:
         facts=_json(run.run_json) or {},
         settings=settings,
         split=_json(run.split),
-        verdict=_json(run.verdict),
-        metrics=runs.read_lines(run.metrics),
-        examples=runs.read_lines(run.examples),
-        findings=runs.read_lines(run.findings),
-        samples=runs.read_lines(run.samples),
+        verdict=_json(run.verdict, "verdict", "reason", "next", "axes", "run"),
+        metrics=_rows(run.metrics, "kind", "step", "epoch", "travel"),
+        examples=_rows(run.examples, "id", "split", "format", "step", "epoch", "travel"),
+        findings=_rows(run.findings, "probe", "step"),
+        samples=_rows(run.samples, "step"),
         known_verdicts=verdicts or {},
     )
 
 
-def _json(path: Path) -> Any:
-    return runs.read_json(path) if path.is_file() else None
+def _json(path: Path, *keys: str) -> Any:
+    """An object with such keys; None where there is no file. Errors: UserError for anything else."""
+    found = runs.read_json(path) if path.is_file() else None
+    if found is not None and not (isinstance(found, dict) and found.keys() >= set(keys)):
+        raise refuse("is not what sft writes there.", "It was changed by hand; put back what was there.", path)
+    return found
+
+
+def _rows(path: Path, *keys: str) -> list[Row]:
+    """Rows that have such keys. Errors: UserError, with the line, for others."""
+    rows: list[Row] = list(runs.read_lines(path))
+    if all(row.keys() >= set(keys) for row in rows):
+        return rows
+    lines = disk.numbered_lines(path)
+    line = next(number for number, _, row in lines if row is not None and not row.keys() >= set(keys))
+    raise refuse("is no row that sft writes there.", "Remove this line.", path, line)

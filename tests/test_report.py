@@ -20,6 +20,7 @@ from nights import HOSTILE, Shape
 from safetensors.numpy import save_file
 
 from finetune import gathered, heard, heat, pages, plots, report, runs, sidebyside, tokenwise
+from finetune.errors import UserError
 from finetune.plots import Bar, Curve, Panel
 from finetune.report import Writer
 from finetune.runs import RunFolder
@@ -210,6 +211,23 @@ def test_a_dataset_that_changed_is_not_shown_as_what_was_trained(tmp_path: Path)
     page = Writer(folder).html()
     assert "The dataset changed since this run began" in page
     assert embedded(page, "texts") == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "told"),
+    [
+        ("verdict.json", "[]", "verdict.json  is not what sft writes there."),
+        ("run.json", "7", "run.json  is not what sft writes there."),
+        ("metrics.jsonl", '\n{"garbage": 1}\n', "metrics.jsonl:2  is no row that sft writes there.  Remove this line."),
+        ("examples.jsonl", '{"step": 3}\n', "examples.jsonl:1  is no row that sft writes there.  Remove this line."),
+    ],
+)
+def test_a_file_that_something_else_wrote_is_told_by_its_line(tmp_path: Path, name: str, text: str, told: str) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError) as caught:
+        gathered.read(tmp_path)
+    assert told in str(caught.value)
 
 
 def test_a_page_that_would_grow_too_large_leaves_out_who_recites_least(
