@@ -19,7 +19,7 @@ from finetune.heard import Reading
 from finetune.passage import Key
 
 Row = Mapping[str, Any]
-_HEAD = ("example", "where", "8 words", "50 tokens", "whole", "run", "base", "bits", "formats")
+_HEAD = ("example", "8 words", "50 tokens", "whole", "run", "base", "bits", "formats", "where")  # a path may be cut
 _PLACE = 32  # columns
 _QUOTED = 3  # lines that a quotation may take
 
@@ -132,7 +132,6 @@ def _cells(one: Line, elsewhere: bool) -> tuple[str, ...]:
     whole = "-" if one.whole is None else "yes" if one.whole else "no"
     return (
         one.example,
-        one.place if len(one.place) <= _PLACE else f"…/{Path(one.place).name}",
         _since_when(one.words, elsewhere),
         _since_when(one.long, elsewhere),
         f"{whole}{' ~' if one.fragile else ''}",
@@ -140,6 +139,7 @@ def _cells(one: Line, elsewhere: bool) -> tuple[str, ...]:
         "-" if one.base_run is None else str(one.base_run),
         "-" if one.bits is None else f"{one.bits:+.0f}",
         f"{one.formats[0]}/{one.formats[1]}",
+        one.place if len(one.place) <= _PLACE else f"…/{Path(one.place).name}",
     )
 
 
