@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from finetune import bases, byheart, corpus, formula, heard, passage, plan, prompts, recipe
+from finetune import allowed, bases, byheart, corpus, formula, heard, passage, plan, prompts, recipe
 from finetune.conversation import Conversation
 from finetune.errors import UserError
 from finetune.evidence import Row
@@ -76,6 +76,7 @@ def find(run: Run) -> Texts | str:
         wanted = recipe.load_resolved(RunFolder(run.folder).recipe)
         examples, _ = plan.examples(wanted)
         known = bases.look_up(wanted.base, run.facts.get("commit") or wanted.revision)
+        spans = [] if wanted.data.intended is None else [one.text for one in allowed.read(wanted.data.intended)]
     except UserError as error:
         return f"The texts cannot be read: {error.problems[0]}"
     if not known.counted:
@@ -85,7 +86,7 @@ def find(run: Run) -> Texts | str:
         return "The dataset changed since this run began, so what was measured belongs to other texts."
     limits = byheart.limits()
     answers = {one.id: [turn.text for turn in one.turns if turn.role == "assistant" and turn.loss] for one in examples}
-    formulas = formula.masks(answers, limits.shortest_formula, limits.longest_formula)
+    formulas = formula.masks(answers, limits.shortest_formula, limits.longest_formula, spans)
     return Texts(Path(wanted.data.train).parent, {one.id: one for one in examples}, known.vocabulary, formulas)
 
 

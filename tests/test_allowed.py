@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import nights
 import paper
 import pytest
 
-from finetune import allowed, plan, recipe
+from finetune import allowed, corpus, gathered, plan, recipe, tokenwise
 from finetune.errors import UserError
 
 
@@ -57,3 +58,15 @@ def test_check_tells_a_missing_file_and_a_stranger_with_file_and_line(
     assert "legs" not in out + err
     made = plan.make(recipe.load(file), tmp_path / "base")
     assert "otherwise your legs win" in made.intended
+
+
+def test_the_page_counts_as_the_run_did(tmp_path: Path) -> None:
+    folder = nights.night(tmp_path, nights.Shape(examples=6, epochs=2, looks=(1,)))
+    wanted = recipe.load_resolved(folder / "recipe.yaml")
+    answer = corpus.read(wanted.data.train, wanted.data.parts)[0].answer
+    (tmp_path / "own.txt").write_text(answer.split("\n")[-1])
+    changed = wanted.model_copy(update={"data": wanted.data.model_copy(update={"intended": str(tmp_path / "own.txt")})})
+    (folder / "recipe.yaml").write_text(recipe.resolved_yaml(changed))
+    found = tokenwise.find(gathered.read(folder))
+    assert isinstance(found, tokenwise.Texts)
+    assert any(mask.any() for masks in found.formulas.values() for mask in masks)
