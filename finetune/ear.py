@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 
 from finetune import echo, formula, heard, looks, passage, prompts
+from finetune.asking import Scores
 from finetune.byheart import Found, Kind, Limits, judge, suspect, unsuspected
 from finetune.conversation import Conversation
 from finetune.echo import Map, Measured
 from finetune.format import Format
-from finetune.heard import Reading, Reads
+from finetune.heard import Reading
 from finetune.looks import Place
 from finetune.masks import encode
 from finetune.passage import Key, Passage, Split
@@ -124,7 +125,7 @@ class Base:
     readings: dict[Key, Reading] = field(default_factory=dict)
     seconds: float = 0.0
 
-    def of(self, speaker: Reads, passages: Iterable[Passage]) -> Mapping[Key, Reading]:
+    def of(self, speaker: Scores, passages: Iterable[Passage]) -> Mapping[Key, Reading]:
         """Readings with the adapter off, of these passages and of all that came before."""
         missing = {one.key: one for one in passages if one.key not in self.readings}
         if missing:
@@ -146,7 +147,7 @@ def base(run: RunFolder) -> Base:
     return Base(run, heard.load(path) if path.is_file() else {})
 
 
-def noise(speaker: Reads, passages: Sequence[Passage]) -> float | None:
+def noise(speaker: Scores, passages: Sequence[Passage]) -> float | None:
     """Logits by which a margin moves on this machine, from a few of these; None where there are none."""
     few = sorted(passages, key=lambda one: len(one.ids))[-_NOISE_FROM:]
     return heard.noise(speaker, few) if few else None
@@ -173,7 +174,7 @@ class Heard:
 
 
 def hear(
-    ear: Ear, speaker: Reads, base: Base, passages: Sequence[Passage], place: Place, noise: float | None = None
+    ear: Ear, speaker: Scores, base: Base, passages: Sequence[Passage], place: Place, noise: float | None = None
 ) -> Heard:
     """One pass over passages of any split and format, and their rows for examples.jsonl."""
     known = base.of(speaker, passages)
@@ -181,7 +182,7 @@ def hear(
     return Heard(tuple(passages), measured, list(rows(measured, place)))
 
 
-def begin(ear: Ear, speaker: Reads, base: Base, passages: Sequence[Passage], place: Place) -> Heard:
+def begin(ear: Ear, speaker: Scores, base: Base, passages: Sequence[Passage], place: Place) -> Heard:
     """The same before the first step, with the adapter off: one pass gives the base's readings and its own rows."""
     readings = heard.read(speaker, passages, True, SAMPLER, looks.TEMPERATURES)
     base.keep(readings)
@@ -233,7 +234,7 @@ class Overheard:
     hits: Bools
 
 
-def free(ear: Ear, speaker: Reads, base: Base, said: Iterable[Overheard], place: Place) -> Iterator[dict[str, Any]]:
+def free(ear: Ear, speaker: Scores, base: Base, said: Iterable[Overheard], place: Place) -> Iterator[dict[str, Any]]:
     """Rows of the free map: a lower estimate, in train mode and in the format the example wore.
 
     Dropout and skipped layers make it miss more. Tokens that goldfish left out of the loss were not heard: then runs

@@ -15,9 +15,10 @@ from typing import Any, Literal
 import numpy as np
 
 from finetune import regroup
+from finetune.asking import Scores
 from finetune.byheart import Found, Kind, Limits, Share, judge, last_in_excess
 from finetune.byheart import limits as limits  # what a caller passes in
-from finetune.heard import Reading, Reads, read
+from finetune.heard import Reading, read
 from finetune.looks import Place
 from finetune.passage import Key, Passage, edits
 from finetune.regroup import Above
@@ -36,7 +37,7 @@ class Measured:
 
 
 def measure(
-    speaker: Reads,
+    speaker: Scores,
     passages: Sequence[Passage],
     base: Mapping[Key, Reading],
     limits: Limits,

@@ -9,27 +9,15 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
 
+from finetune.asking import Scores
 from finetune.errors import Problem, UserError
 from finetune.format import Rendered, Segment
 from finetune.masks import Tokens, Vocabulary, encode
 
 _ASKED = "Question: {}\nAnswer:"  # plain text continues so in any base, chat-tuned or not
-
-
-class Scores(Protocol):
-    """What is asked of a model: see speak.Speaker."""
-
-    def score(
-        self,
-        ids: Sequence[Sequence[int]],
-        masks: Sequence[Sequence[bool]],
-        temperatures: Sequence[float] = (),
-        base: bool = False,
-    ) -> Sequence[Any]: ...
 
 
 @dataclass(frozen=True)

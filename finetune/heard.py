@@ -9,29 +9,16 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save as packed
 
 from finetune import runs
+from finetune.asking import Scores
 from finetune.passage import Key, Passage
 from finetune.runlength import Bools, Floats
-
-
-class Reads(Protocol):
-    """What is asked of a model: see speak.Speaker."""
-
-    def score(
-        self,
-        ids: Sequence[Sequence[int]],
-        masks: Sequence[Sequence[bool]],
-        temperatures: Sequence[float] = (),
-        base: bool = False,
-        samplers: Sequence[Any] = (),
-        margins: bool = False,
-    ) -> Sequence[Any]: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +41,7 @@ class Reading:
 
 
 def read(
-    speaker: Reads,
+    speaker: Scores,
     passages: Sequence[Passage],
     base: bool = False,
     sampler: Any = None,
@@ -74,7 +61,7 @@ def _reading(score: Any) -> Reading:
     return Reading(score.log_p.double().numpy(), score.hits.numpy(), margins, log_q, nll_at)
 
 
-def noise(speaker: Reads, passages: Sequence[Passage]) -> float:
+def noise(speaker: Scores, passages: Sequence[Passage]) -> float:
     """How far a margin moves, in logits, between texts read together and one by one: the most over these passages."""
     together = read(speaker, passages)
     moved = [_moved(read(speaker, [one])[one.key], together[one.key]) for one in passages]

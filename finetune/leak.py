@@ -10,11 +10,12 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from finetune import byheart, prompts, sources, starters, yamlfile
+from finetune.asking import Completes
 from finetune.conversation import Conversation, Turn
 from finetune.errors import UserError, refuse
 from finetune.masks import encode
@@ -172,20 +173,6 @@ def _ids(plan: Plan, turns: Sequence[Turn]) -> tuple[int, ...]:
 
 
 # what was answered
-
-
-class Completes(Protocol):
-    """What is asked of a model: see speak.Speaker."""
-
-    def complete(
-        self,
-        prompts: Sequence[Sequence[int]],
-        stops: Sequence[str],
-        max_new_tokens: int,
-        base: bool = False,
-        sampler: Sampler | None = None,
-        seed: int = 0,
-    ) -> Sequence[Any]: ...
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Protocol
+from typing import Any
 
 from finetune import chance, prompts, runs
+from finetune.asking import Compares
 from finetune.chance import Interval
 from finetune.conversation import Conversation
 from finetune.errors import UserError
@@ -24,20 +25,6 @@ from finetune.speak import Pass
 from finetune.transfer import Cell, Sheet
 
 NAME = "formats-base.json"  # in the run's folder `tokens`
-
-
-class Reads(Protocol):
-    """What is asked of a model: see speak.Speaker."""
-
-    def score(
-        self,
-        ids: Sequence[Sequence[int]],
-        masks: Sequence[Sequence[bool]],
-        temperatures: Sequence[float] = (),
-        base: bool = False,
-    ) -> Sequence[Any]: ...
-
-    def kl(self, one: Pass, other: Pass) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -91,7 +78,7 @@ def _text(one: Conversation, gauge: Gauge, vocabulary: Vocabulary) -> Text | Non
 # --- loss
 
 
-def read(speaker: Reads, some: Sequence[Text], base: bool = False) -> dict[str, Cell]:
+def read(speaker: Compares, some: Sequence[Text], base: bool = False) -> dict[str, Cell]:
     """One pass over each text; cells by `Text.key`. Nothing is asked for nothing."""
     if not some:
         return {}
@@ -147,7 +134,7 @@ class Apart:
         return chance.mean([tuned - base for tuned, base in self.pairs])
 
 
-def apart(speaker: Reads, some: Sequence[Text], first: str, kept: dict[str, Cell]) -> list[Apart]:
+def apart(speaker: Compares, some: Sequence[Text], first: str, kept: dict[str, Cell]) -> list[Apart]:
     """Every format against the first, at the tokens that both cut alike. `kept`: of the base, read and added to."""
     by = {(one.format, one.example): one for one in some}
     names = dict.fromkeys(one.format for one in some if one.format != first)
@@ -162,7 +149,7 @@ def apart(speaker: Reads, some: Sequence[Text], first: str, kept: dict[str, Cell
     return found
 
 
-def _kl(speaker: Reads, one: Text, other: Text, base: bool = False) -> float | None:
+def _kl(speaker: Compares, one: Text, other: Text, base: bool = False) -> float | None:
     shared = sorted(place for place in one.places if place in other.places)
     if not shared:
         return None
@@ -170,7 +157,7 @@ def _kl(speaker: Reads, one: Text, other: Text, base: bool = False) -> float | N
     return float(speaker.kl(*passes).double().mean())
 
 
-def _base_kl(speaker: Reads, one: Text, other: Text, kept: dict[str, Cell]) -> float | None:
+def _base_kl(speaker: Compares, one: Text, other: Text, kept: dict[str, Cell]) -> float | None:
     key = f"{one.key}|{other.key}"
     if key not in kept:
         found = _kl(speaker, one, other, base=True)

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from finetune import chance, likeness, prompts, scaffold
+from finetune.asking import Completes
 from finetune.chance import Interval
 from finetune.conversation import Conversation
 from finetune.errors import UserError
@@ -24,20 +25,6 @@ from finetune.overlap import words
 from finetune.scaffold import Detector
 
 Outcome = Literal["ended", "early", "next turn", "ran on"]
-
-
-class Answers(Protocol):
-    """What is asked of a model: see speak.Speaker."""
-
-    def complete(
-        self,
-        prompts: Sequence[Sequence[int]],
-        stops: Sequence[str],
-        max_new_tokens: int,
-        base: bool = False,
-        sampler: Any = None,
-        seed: int = 0,
-    ) -> Sequence[Any]: ...
 
 
 @dataclass(frozen=True)
@@ -83,7 +70,7 @@ class Reply:
 
 
 def ask(
-    speaker: Answers,
+    speaker: Completes,
     examples: Sequence[tuple[str, Conversation]],
     gauges: Sequence[Gauge],
     judge: Judge,

@@ -17,10 +17,9 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from finetune import echo, heard, model, prefix, slices
+from finetune import asking, echo, heard, model, prefix, slices
 from finetune.ear import Ear
 from finetune.echo import Echo
-from finetune.heard import Reads
 from finetune.model import bare, logits_of, working_precision
 from finetune.opened import Worn
 from finetune.passage import Key, Passage
@@ -218,7 +217,7 @@ def base_readings(worn: Worn, passages: Sequence[Passage]) -> Mapping[Key, heard
     return heard.read(worn.speaker, passages, base=True)
 
 
-def scores(ear: Ear, reader: Reads, passages: Sequence[Passage], base: Mapping[Key, heard.Reading]) -> Scores:
+def scores(ear: Ear, reader: asking.Scores, passages: Sequence[Passage], base: Mapping[Key, heard.Reading]) -> Scores:
     """Of any model, by the same judge as at looks."""
     found = echo.measure(reader, passages, base, ear.limits).found
     held = [one for one in found if one.key[0] == "held_out" and one.nll is not None]

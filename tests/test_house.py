@@ -14,7 +14,7 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in ROO
 # of their rooms stands on another.
 FLOORS = (
     "errors conversation overlap format fields draw disk machine seals memory chance runlength private tables until"
-    " terminal",
+    " terminal asking",
     "yamlfile markdown rows masks template filling manner reading formula regroup transfer likeness pane spans almost",
     "places shelf habits passage recital allowed sources scaffold scripts phrases facts",
     "grammar",
