@@ -92,6 +92,8 @@ def _told(one: Point) -> str:
 def sweep(bench: Bench) -> Sweep:
     """Read every kept adapter at every scale. Errors: UserError where its effect cannot be scaled."""
     subject, listens = bench.subject, bench.ear
+    for folder in subject.adapters.values():
+        _refuse_odd(folder)
     passages = [*listens.passages("train"), *listens.passages("held_out")]
     known = ear.begin(listens, bench.worn.speaker, bench.base, passages, Place("dial", 0, 0.0, 0.0))
     points: list[Point] = []
@@ -163,16 +165,19 @@ def write(bench: Bench, found: Sweep) -> Path | None:
 
 def scaled(folder: Path, scale: float) -> bytes:
     """An adapter's weights with `scale` times the effect: lora_B is. Errors: UserError where that would not do it."""
-    config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    if any(config.get(key) for key in ("use_dora", "modules_to_save", "trainable_token_indices", "lora_bias")):
-        raise refuse(
-            "this adapter's effect is not proportional to its weights.", "Only plain LoRA can be dialled.", folder
-        )
+    _refuse_odd(folder)
     weights = load_file(folder / ADAPTER_WEIGHTS)
     part = "lora_embedding_B", "lora_B"
     return save(
         {name: w * scale if any(p in name for p in part) else w for name, w in weights.items()}, {"format": "pt"}
     )
+
+
+def _refuse_odd(folder: Path) -> None:
+    config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    if any(config.get(key) for key in ("use_dora", "modules_to_save", "trainable_token_indices", "lora_bias")):
+        what = "this adapter's effect is not proportional to its weights."
+        raise refuse(what, "Only plain LoRA can be dialled.", folder)
 
 
 # in words

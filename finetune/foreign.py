@@ -103,12 +103,6 @@ def _refuse_kind(config: dict[str, Any], target: str) -> None:
         raise refuse(what, "Save it as a plain LoRA (path_initial_model_for_weight_conversion) and come again.")
 
 
-def scalable(adapter: Adapter) -> bool:
-    """Whether its effect is proportional to lora_B."""
-    config = adapter.config
-    return not any(config.get(key) for key in ("use_dora", "modules_to_save", "trainable_token_indices"))
-
-
 def wear(bare: Any, adapter: Adapter) -> Any:
     """A PeftModel in eval mode, adapter and sums in fp32. Errors: UserError where it does not fit the base."""
     from peft import PeftModel
