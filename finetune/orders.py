@@ -109,7 +109,11 @@ def _more(was: Recipe, facts: Mapping[str, Any], epochs: int, target: Path) -> R
             f"{target} cannot be taken further: its learning rate follows {was.optimizer.schedule}, or it is a refit."
         )
         raise refuse(what, "Only a run under a constant learning rate can; raise `epochs` and use --fresh.")
-    return was.model_copy(update={"epochs": int(facts["epochs"]) + epochs})
+    wanted = int(facts["epochs"]) + epochs
+    if wanted > recipe.MOST_EPOCHS:
+        what = f"--more {epochs}: that makes {wanted} epochs, and {recipe.MOST_EPOCHS} are the most."
+        raise refuse(what, "Give fewer.")
+    return was.model_copy(update={"epochs": wanted})
 
 
 def _refuse_overfit(facts: Mapping[str, Any], run: RunFolder) -> None:

@@ -22,6 +22,8 @@ from finetune.errors import Problem, UserError
 from finetune.fields import Means, Setting
 from finetune.yamlfile import Document, Key, at
 
+MOST_EPOCHS = 100_000
+
 
 def _distinct(names: tuple[str, ...]) -> tuple[str, ...]:
     twice = [name for number, name in enumerate(names) if name in names[:number]]
@@ -216,7 +218,7 @@ class Recipe(Section):
     """How far and how fast the adapter moves."""
     regularise: Regularise = Regularise()
     """Brakes on memorising."""
-    epochs: Annotated[int, Field(ge=1, le=100_000)] = 600
+    epochs: Annotated[int, Field(ge=1, le=MOST_EPOCHS)] = 600
     """How often every example is seen. Many small steps are the idea: epochs are cheap with a few dozen examples."""
     batch_size: Annotated[int, Field(ge=1, le=65536)] = 1
     """Examples per step, over all accumulation. 1 takes the most steps, and so the longest way."""

@@ -150,6 +150,8 @@ def test_no_path_of_this_machine_is_in_the_adapter(left_alone: tuple[Path, Path]
 def test_more_epochs_end_like_a_longer_run(tmp_path: Path) -> None:
     short, long = small.recipe(tmp_path / "a", epochs=2), small.recipe(tmp_path / "b", epochs=4)
     run(short, tmp_path / "short")
+    with pytest.raises(UserError, match="100000 are the most"):
+        orders.read(orders.Order(str(tmp_path / "short"), more=10**12))
     again(tmp_path / "short", more=2)
     run(long, tmp_path / "long")
     for name in ("adapter_model.safetensors", "adapter_config.json"):
