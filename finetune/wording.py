@@ -97,8 +97,12 @@ def _against(echo: Echo, signs: Signs) -> str:
     if echo.p is None:
         return "There is nothing held out to compare that with."
     if signs.heavy:
-        return f"Trained answers are repeated further than held-out ones (p {echo.p:.3f}): that is heavy."
-    return f"Longest runs on trained against held-out answers: p {echo.p:.3f}."
+        return f"Trained answers are repeated further than held-out ones ({_p(echo.p)}): that is heavy."
+    return f"Longest runs on trained against held-out answers: {_p(echo.p)}."
+
+
+def _p(value: float) -> str:
+    return f"p {value:.3f}" if value >= 0.0005 else "p below 0.001"  # never a chance of nought
 
 
 def _harmed(facts: Facts, signs: Signs, rules: Rules) -> str:

@@ -105,6 +105,12 @@ def test_many_whole_echoes_that_chance_explains_are_not_heavy() -> None:
         assert word(replace(GOOD, echo=echo, courses={"nll": WORSE})) == "watch"
 
 
+def test_a_chance_too_small_for_three_places_is_not_called_nought() -> None:
+    said = told(replace(GOOD, echo=replace(HEAVY, p=1e-9), courses={"nll": WORSE})).reason
+    assert "further than held-out ones (p below 0.001)" in said
+    assert "p 0.000" not in said
+
+
 def test_two_of_a_hundred_whole_echoes_are_not_heavy() -> None:
     few = replace(HEAVY, whole=Count(2, 100))
     assert not judge(replace(GOOD, echo=few), BY).signs.heavy
