@@ -218,6 +218,8 @@ def _save(sitting: Sitting, words: str) -> None:
     """The last exchange, or the whole talk, as a file for the dataset."""
     name, _, whole = words.rpartition(" ")
     name, whole = (name, whole) if whole == "all" and name else (words, "")
+    if len(name) > 1 and name[0] == name[-1] and name[0] in "\"'":
+        name = name[1:-1]  # quoted as in a shell
     if not name:
         raise refuse("/save needs a file.", "/save my-dataset/umbrella.md, or /save my-dataset/umbrella.md all.")
     sitting.last()

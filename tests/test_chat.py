@@ -363,8 +363,10 @@ def test_whatever_a_model_says_can_be_saved_and_read(lines: list[str]) -> None:
 
 def test_a_saved_exchange_passes_check(sitting: Sitting, sft: paper.Door, tmp_path: Path) -> None:
     said(sitting, "Do you like the moon?", "**The child**\nIt follows me home at night.\n\n**Conclusion**\nYes, I do.")
-    out = typed(sitting, "/save talk/moon", "/save talk/moon.md", "/save")
+    out = typed(sitting, "/save talk/moon", "/save talk/moon.md", "/save", '/save "talk/new moon.md" all')
     assert "Wrote talk/moon.md" in out
+    assert "Wrote talk/new moon.md" in out
+    (tmp_path / "talk" / "new moon.md").unlink()
     assert "is there already" in out
     assert "/save needs a file" in out
     paper.folder(tmp_path)
