@@ -6,6 +6,7 @@ Everything is read from the run folder, so that a run that goes on judges as if 
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -188,23 +189,30 @@ def told(document: Mapping[str, Any], run: RunFolder, places: Mapping[str, str])
         parent = document["parent"]
         yield f"The run it was refitted from: {parent['verdict']}: {parent['headline']} (epoch {parent['epoch']:g})."
     yield from _named(document["recited"], document["epoch"], places)
-    yield f"Next: {document['next']}".replace("RUN", str(run.path))
+    name = shlex.quote(str(run.path))
+    yield f"Next: {document['next']}".replace("RUN", name)
     if apart and end["next"] != document["next"]:
-        yield f"For another run: {end['next']}".replace("RUN", str(run.path))
+        yield f"For another run: {end['next']}".replace("RUN", name)
 
 
 def _named(recited: list[Mapping[str, Any]], epoch: float, places: Mapping[str, str]) -> Iterator[str]:
     loud = [one for one in recited if one["echo_whole"] or one["long"]] or recited
     if loud:
-        yield f"Recited at epoch {epoch:g}:"
+        counts = loud[0]["echo_whole"] or loud[0]["long"]
+        yield f"Recited at epoch {epoch:g}:" if counts else f"Echoed in part at epoch {epoch:g}, under 50 tokens:"
     for one in loud[:_NAMED]:
         how = "whole" if one["echo_whole"] else f"{one['run_max']} tokens"
         since = math.ceil(min(one["since"].values(), default=one["epoch"]))
-        words = " ".join(one["words"].split()).strip(" *#:.,")
+        words = _opened(" ".join(one["words"].split()).lstrip(" #:.,"))
         words = words if len(words) <= 160 else words[:157] + "..."
         yield f"  {_near(places.get(one['id'], ''))}  {one['id']}, {how}, since epoch {since:g}: «{words}»"
     if len(loud) > _NAMED:
         yield f"  and {len(loud) - _NAMED} more, all in verdict.json."
+
+
+def _opened(words: str) -> str:
+    """Without the mark of a heading that began before them."""
+    return words[2:].lstrip() if words.startswith("** ") else words
 
 
 def _near(place: str) -> str:

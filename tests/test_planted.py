@@ -239,6 +239,25 @@ def test_a_run_that_recites_and_gets_worse_is_overfit_and_its_healthy_look_is_ke
     assert "RUN" not in text
 
 
+def test_what_is_told_can_be_typed_and_does_not_contradict_itself(made: Plan, tmp_path: Path) -> None:
+    """A folder with spaces is quoted; a short echo of a healthy look is not called recited."""
+    keeper, _, said = heard(made, turns, tmp_path / "two words")
+    part = {
+        "id": "a",
+        "echo_whole": False,
+        "long": False,
+        "run_max": 13,
+        "epoch": 3,
+        "since": {"words": 3},
+        "words": "**\nIt is.",
+    }
+    text = "\n".join(keeping.told({**said, "recited": [part]}, keeper.run, {}))
+    assert f"sft chat '{keeper.run.path}'" in text
+    assert "Echoed in part at epoch 3, under 50 tokens:\n" in text
+    assert "Recited at epoch 3" not in text
+    assert "a, 13 tokens, since epoch 3: «It is.»" in text
+
+
 def test_a_run_that_recites_and_still_generalises_is_watched(made: Plan, tmp_path: Path) -> None:
     _, _, said = heard(made, recites, tmp_path)
     assert said["run"]["verdict"] == "watch"
