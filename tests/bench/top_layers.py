@@ -3,8 +3,8 @@
     .venv/bin/python tests/bench/top_layers.py [LENGTH] [STEPS]
 
 A random Mistral of 16 layers (`speed.base`), NF4, rank 16 on seven matrices, one text of LENGTH tokens a step, one
-thread. Forward, loss on all tokens, backward and AdamW; no looks. The upper layers are also timed with the lower ones computed
-every step (as without stored activations), so that what is spared can be told from what is not trained.
+thread. Forward, loss on all tokens, backward and AdamW; no looks. The upper layers are also timed with the lower ones
+computed every step (as without stored activations): what is spared is told from what is not trained.
 """
 
 from __future__ import annotations
