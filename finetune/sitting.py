@@ -119,5 +119,5 @@ class Sitting:
 
     @cached_property
     def library(self) -> Library:
-        """Every answer of the dataset, held-out ones too."""
-        return Library(self.of.plan.conversations.values())
+        """Every answer of the dataset, held-out ones too; what is meant to be recited counts as house style."""
+        return Library(self.of.plan.conversations.values(), self.of.plan.intended)

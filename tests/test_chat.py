@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import finished
@@ -322,6 +323,15 @@ def test_house_style_is_no_recital() -> None:
     ]
     (found,) = Library(made).recited(f"{frame} hand")
     assert (found.words, found.own) == (14, 0)
+
+
+def test_what_may_be_recited_is_no_recital_in_a_talk() -> None:
+    motto = "we ask twice before we answer and we answer only once"
+    one = Conversation("a", (Turn("user", "?"), Turn("assistant", f"Well: {motto}.")), Origin("a"))
+    run: Any = SimpleNamespace(plan=SimpleNamespace(conversations={"a": one}, intended=(motto,)))
+    nobody: Any = None
+    (found,) = Sitting(run, nobody, nobody, nobody, nobody).library.recited(motto)
+    assert (found.words, found.own) == (11, 0)
 
 
 # --- save
