@@ -136,6 +136,11 @@ def _whole(config: Mapping[str, Any], key: str) -> int:
     return value if type(value) is int and 0 < value < 10**9 else 0
 
 
+def shape_in(folder: Path) -> Shape | None:
+    """Of a base on the disk; None where its config.json has other words. Errors: UserError where there is none."""
+    return shape_of(_config(folder / "config.json"))
+
+
 def lora_problems(shape: Shape | None, targets: tuple[str, ...], top: int | None) -> Iterator[Problem]:
     """What an adapter asks for that a base of this shape has not. Nothing where the shape is unknown."""
     if shape is None:

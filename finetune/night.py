@@ -21,6 +21,7 @@ from typing import Any
 
 from finetune import (
     __version__,
+    bases,
     corpus,
     drift,
     hub,
@@ -42,6 +43,7 @@ from finetune.loading import Loaded
 from finetune.machine import Derived
 from finetune.orders import Task
 from finetune.plan import Plan
+from finetune.recipe import Recipe
 from finetune.report import Writer
 from finetune.runs import RunFolder
 from finetune.screen import Headline, Screen
@@ -100,6 +102,7 @@ def _sent(task: Task, outcome: Outcome, screen: Audience) -> Outcome:
 def _spend(task: Task, screen: Audience, save_every: float | None) -> Outcome:
     known = runs.read_json(task.run.run_json) if task.going_on else {}
     base = model.find_base(task.recipe.base, known.get("commit") or task.recipe.revision)
+    _refuse_missing_layers(task.recipe, base)
     made = _plan(task, base.folder, known)
     looks = _begin(task, made, base, known, screen)
     model.spare_a_core()
@@ -109,6 +112,13 @@ def _spend(task: Task, screen: Audience, save_every: float | None) -> Outcome:
     longest = max(made.texts.trained.values(), key=lambda item: len(item.ids))
     with train.memory_faults(f"{longest.example} with {len(longest.ids)} tokens", _remedies(task, made)):
         return _watched(task, made, looks, base, screen, save_every)
+
+
+def _refuse_missing_layers(wanted: Recipe, base: model.Base) -> None:
+    """Before anything is written: a folder that has begun would hold the recipe to its mistake."""
+    top = None if wanted.lora.layers == "all" else wanted.lora.layers.top
+    if top is not None and (problems := list(bases.lora_problems(bases.shape_in(base.folder), (), top))):
+        raise UserError(problems)
 
 
 def _remedies(task: Task, made: Plan) -> list[str]:

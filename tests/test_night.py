@@ -208,6 +208,14 @@ def test_a_second_process_on_one_run_is_refused(tmp_path: Path) -> None:
         run(recipe, tmp_path / "run")
 
 
+def test_layers_the_base_has_not_are_refused_before_a_folder_begins(tmp_path: Path) -> None:
+    recipe = small.recipe(tmp_path, lora={"rank": 4, "layers": {"top": 99}})
+    with pytest.raises(UserError, match="Give at most"):
+        run(recipe, tmp_path / "run")
+    assert not (tmp_path / "run/run.json").exists()
+    assert not (tmp_path / "run/recipe.yaml").exists()
+
+
 def test_more_and_refit_need_a_finished_run(tmp_path: Path) -> None:
     recipe = small.recipe(tmp_path)
     with pytest.raises(UserError, match="go on with a run"):
