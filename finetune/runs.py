@@ -343,9 +343,12 @@ def _after(row: Mapping[str, Any], step: int) -> bool:
 
 @contextmanager
 def _explained(path: Path, lost: str) -> Iterator[None]:
-    """A full disk in words: what was lost, what is still there, what to change."""
+    """A full disk, or a place that may not be written, in words: what was lost, what is still there, what to change."""
     try:
         yield
+    except (PermissionError, NotADirectoryError, FileExistsError) as error:
+        remedy = "Make it writable for you, or name another place."
+        raise refuse(f"cannot be written ({error.strerror}). {lost}.", remedy, str(path)) from error
     except Exception as error:  # writers wrap a full disk in exceptions of their own
         if isinstance(error, UserError) or not disk.is_full(error, path):
             raise

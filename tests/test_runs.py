@@ -587,8 +587,22 @@ def test_torch_keeps_the_reason_back_so_the_disk_is_asked(run: RunFolder, monkey
 
 
 def test_other_errors_stay_what_they_are(run: RunFolder) -> None:
-    with pytest.raises(PermissionError), run.new_checkpoint(1):
-        raise PermissionError(errno.EACCES, "no")
+    with pytest.raises(OSError, match="no"), run.new_checkpoint(1):
+        raise OSError(errno.EIO, "no")
+
+
+def test_a_place_that_may_not_be_written_is_told_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("a file, where a folder was meant")
+    with pytest.raises(UserError, match="cannot be written"):
+        runs.write_atomic(tmp_path / "file" / "page.html", "x")
+
+    def forbidden(path: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(disk, "locked", forbidden)
+    told = r"cannot be written \(Permission denied\). The run was not begun.  Make it writable for you"
+    with pytest.raises(UserError, match=told), RunFolder(tmp_path / "run").lock():
+        pass
 
 
 def test_an_old_run_is_renamed_never_deleted(run: RunFolder) -> None:
