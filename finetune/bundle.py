@@ -46,12 +46,7 @@ def bundle(final: Path, needs: float, secrets: Sequence[Path]) -> Iterator[Bundl
     Errors: UserError where another thing is in the way or the disk has no room.
     """
     _refuse_taken(final)
-    final.parent.mkdir(parents=True, exist_ok=True)
-    disk.repair(final)
-    require(final.parent, needs)
-    aside = disk.beside(final, f"tmp-{os.getpid()}")
-    disk.remove_tree(aside)
-    aside.mkdir()
+    aside = _begun(final, needs)
     try:
         made = Bundle(aside)
         yield made
@@ -67,6 +62,20 @@ def bundle(final: Path, needs: float, secrets: Sequence[Path]) -> Iterator[Bundl
         raise
     finally:
         disk.remove_tree(aside)
+
+
+def _begun(final: Path, needs: float) -> Path:
+    """An empty folder beside it. Errors: UserError where none can be made, or has no room."""
+    aside = disk.beside(final, f"tmp-{os.getpid()}")
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        disk.repair(final)
+        require(final.parent, needs)
+        disk.remove_tree(aside)
+        aside.mkdir()
+    except OSError as fault:
+        raise refuse(f"cannot be written ({fault.strerror}).", "Name another place with --out.", final) from None
+    return aside
 
 
 def _refuse_taken(final: Path) -> None:

@@ -316,6 +316,14 @@ def test_a_slip_is_told_with_what_to_do(sft: paper.Door, words: list[str], told:
     assert told in err
 
 
+def test_a_place_where_no_folder_can_be_made_exits_2(sft: paper.Door, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    code, out, err = sft("export", "runs/done", "--to", "presets", "--out", tmp_path / "file" / "presets")
+    assert (code, out) == (2, "")
+    assert "file/presets  cannot be written (" in err
+    assert "Name another place with --out." in err
+
+
 def test_a_run_without_an_adapter_exits_2(sft: paper.Door, place: Path, tmp_path: Path) -> None:
     copy = tmp_path / "runs" / "young"
     shutil.copytree(place / "runs" / "done", copy, ignore=shutil.ignore_patterns("export"))
