@@ -25,7 +25,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from finetune import card, corpus, hub, model, parcel, recipe, runs
+from finetune import card, corpus, hub, model, parcel, runs
 from finetune.errors import UserError
 from finetune.hub import Patience
 from finetune.parcel import Wish
@@ -165,14 +165,13 @@ def test_a_report_without_texts_is_proven_to_have_none(run: RunFolder) -> None:
 
 
 @pytest.mark.parametrize("there", [True, False])
-def test_what_is_recited_is_sent_only_when_asked(run: RunFolder, there: bool) -> None:
+def test_what_is_recited_is_sent_only_when_asked(run: RunFolder, there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     words = "The rain helps the field number 0. The child: I can play in the rain."
     said = runs.read_json(run.verdict)
     row = {"id": "rain", "echo_whole": True, "words": words}
     runs.write_json(run.verdict, {**said, "recited": [row], "run": {**said["run"], "recited": [row]}})
     if not there:  # then nothing can be searched for
-        told = recipe.load_resolved(run.recipe)
-        Path(told.data.train).rename(run.path / "elsewhere")
+        monkeypatch.setattr(card, "dataset", lambda _recipe: [])
     bare, asked = (
         {item.name: item.bytes() for item in parcel.make(run, Wish("me/rain", with_texts=texts)).items}["verdict.json"]
         for texts in (False, True)
