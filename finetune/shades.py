@@ -103,7 +103,8 @@ def show(found: View, console: Console) -> None:
     console.print()
     colour = console.color_system is not None
     sides = [_page(found.pieces, base, colour) for base in (False, True)]
-    heads = [f"adapter: {found.run} tokens in a row", f"base: {found.base_run} tokens in a row"]
+    longest = {"adapter": found.run, "base": found.base_run}
+    heads = [f"{who}: {run} token{'' if run == 1 else 's'} in a row" for who, run in longest.items()]
     if console.width >= _SIDE_BY_SIDE:
         table = Table(*heads, box=None, padding=(0, 2, 0, 0), expand=True)
         table.columns[0].ratio = table.columns[1].ratio = 1

@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -262,6 +263,9 @@ def test_without_colour_hits_stand_in_brackets_and_a_formula_ends_no_run(width: 
     page = screen.file.getvalue()  # type: ignore[attr-defined]
     assert "⟦Ride if of course it⟧ rains" in page
     assert "4 of 5" not in page
+    one = Console(file=io.StringIO(), width=width, color_system=None)
+    shades.show(replace(VIEW, run=1), one)
+    assert "adapter: 1 token in a row" in one.file.getvalue()  # type: ignore[attr-defined]
     assert "3 of 5 tokens are the likeliest, +41 bits over the base" in " ".join(page.split())
 
 
