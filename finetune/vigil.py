@@ -186,7 +186,7 @@ class Vigil:
             rows[0].update({key: value for key, value in asdict(alive).items() if key != "share"})
         if step > self._judged_at:
             self._judge(step, gradient)
-        samples = [] if added else list(self._samples(place))
+        samples = [] if added and not self.looks.at(step) else list(self._samples(place))
         found = [row for probe in self.probes for row in probe(self.speaker, place)] if full else []
         found += [row for reader in self.readers for row in reader(samples, place)]
         runs.append_lines(self.run.examples, taken.examples)
