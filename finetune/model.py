@@ -45,8 +45,8 @@ class Base:
     commit: str | None = None  # of the Hub's repository
 
 
-def find_base(base: str, revision: str | None = None) -> Base:
-    """The base's folder. A Hub id is downloaded (safetensors and text files only). Errors: UserError."""
+def find_base(base: str, revision: str | None = None, online: bool = True) -> Base:
+    """The base's folder. A Hub id is downloaded, `online` (safetensors and text files only). Errors: UserError."""
     if base == "pocket":
         return Base("pocket", POCKET)
     if Path(base).is_dir():
@@ -55,7 +55,9 @@ def find_base(base: str, revision: str | None = None) -> Base:
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
-        found = snapshot_download(base, revision=revision, allow_patterns=_BASE_FILES, ignore_patterns=_NOT_BASE)
+        found = snapshot_download(
+            base, revision=revision, allow_patterns=_BASE_FILES, ignore_patterns=_NOT_BASE, local_files_only=not online
+        )
     except GatedRepoError:
         raise _no_base(base, "is gated", "Accept its licence on its page, then run `hf auth login`.") from None
     except RevisionNotFoundError:
@@ -65,6 +67,8 @@ def find_base(base: str, revision: str | None = None) -> Base:
     except Exception as fault:  # the client and its transport raise many kinds; each means: not fetched
         if disk.is_full(fault, Path.home()):
             raise _no_base(base, "does not fit on the disk", "Free some space in the Hub's cache folder.") from fault
+        if not online:
+            raise _no_base(base, "is no longer on this machine", f"Fetch it: hf download {base}") from None
         remedy = "Check the connection and start again, or name a folder, or `base: pocket`."
         raise _no_base(base, f"could not be fetched ({type(fault).__name__})", remedy) from fault
     return Base(base, Path(found), Path(found).name)

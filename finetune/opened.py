@@ -62,7 +62,7 @@ def read(path: Path | str) -> Opened:
         raise refuse("is no run.", "Name a folder that `sft train` wrote, such as runs/quickstart.", run.path)
     facts = runs.read_json(run.run_json)
     wanted = recipe.load_resolved(run.recipe)
-    base = model.find_base(wanted.base, facts.get("commit") or wanted.revision)
+    base = model.find_base(wanted.base, facts.get("commit") or wanted.revision, online=False)
     split = Split.from_json(runs.read_json(run.split))
     return Opened(run, wanted, plan.make(wanted, base.folder, split, online=True), base, facts)
 

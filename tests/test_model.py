@@ -198,6 +198,8 @@ def test_no_base_is_loaded_without_saying_why(tmp_path: Path) -> None:
 def test_no_base_is_found_without_saying_why() -> None:
     with pytest.raises(UserError, match=r"base: nobody/no-such-base .*name a folder, or `base: pocket`"):
         model.find_base("nobody/no-such-base")
+    with pytest.raises(UserError, match="hf download nobody/no-such-base"):
+        model.find_base("nobody/no-such-base", online=False)
 
 
 def test_a_base_is_named_without_a_path(base: Path) -> None:
