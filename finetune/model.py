@@ -55,9 +55,8 @@ def find_base(base: str, revision: str | None = None, online: bool = True) -> Ba
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
-        found = snapshot_download(
-            base, revision=revision, allow_patterns=_BASE_FILES, ignore_patterns=_NOT_BASE, local_files_only=not online
-        )
+        wanted: dict[str, Any] = {"allow_patterns": _BASE_FILES, "ignore_patterns": _NOT_BASE}
+        found = str(snapshot_download(base, revision=revision, local_files_only=not online, **wanted))
     except GatedRepoError:
         raise _no_base(base, "is gated", "Accept its licence on its page, then run `hf auth login`.") from None
     except RevisionNotFoundError:
