@@ -56,7 +56,7 @@ def bundle(final: Path, needs: float, secrets: Sequence[Path]) -> Iterator[Bundl
         disk.sync_tree(aside)
         disk.publish(aside, final)
         made.folder = final
-    except Exception as fault:
+    except Exception as fault:  # writers in Rust and C++ wrap a full disk in kinds of their own
         if disk.is_full(fault, final.parent):
             raise refuse("the disk is full; nothing was left there.", "Free some space.", final) from fault
         raise
