@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from finetune import grammar, prompts, scaffold, starters, yamlfile
 from finetune.batches import seeded
+from finetune.conversation import Turn
 from finetune.errors import Problem, UserError
 from finetune.format import Format
 
@@ -132,14 +133,22 @@ def listed_ones(recipe: Recipe) -> Iterator[Gauge]:
 
 
 def strange(recipe: Recipe, wanted: Suite) -> list[Gauge]:
-    """Sampled formats that were not trained in, and whitespace slips of the trained ones: what rotates at looks."""
-    sent = {grammar.sends(one) for one in (*recipe.trained, *recipe.held_out) if one != prompts.NATIVE}
-    draws = grammar.samples("measured", recipe.seed)
-    fresh = (one for one in draws if one.name not in recipe.worn and grammar.sends(one) not in sent)
-    slips = [
+    """Sampled formats and whitespace slips of the trained ones, none of which the run knows: what rotates at looks."""
+    known = [one for one in (*recipe.trained, *recipe.held_out) if one != prompts.NATIVE]
+    sent = {grammar.sends(one) for one in (*known, *map(grammar.named, recipe.worn))}
+    fresh = (one for one in grammar.samples("measured", recipe.seed) if grammar.sends(one) not in sent)
+    shown = {_shown(one, recipe.system) for one in known}
+    slips = (
         Gauge(slip, "slip", one.name) for one in recipe.trained for slip in grammar.whitespace_twins(one, recipe.system)
-    ]
-    return [*(Gauge(one, "sampled") for one in islice(_distinct(fresh), wanted.sampled)), *slips]
+    )
+    unlike = [one for one in slips if _shown(one.format, recipe.system) not in shown]
+    return [*(Gauge(one, "sampled") for one in islice(_distinct(fresh), wanted.sampled)), *unlike]
+
+
+def _shown(fmt: Format, system: str) -> str:
+    """The small conversation in full, under a system text of the data's: slips differ in their white space alone."""
+    turns = (*((Turn("system", system),) if system else ()), *prompts.PROBE.turns)
+    return prompts.prompt_text(turns, fmt)
 
 
 def _distinct(formats: Iterable[Format]) -> Iterator[Format]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -56,9 +57,21 @@ def test_relations_of_trained_formats_are_no_strangers() -> None:
 def test_what_was_worn_in_training_is_not_measured_as_new() -> None:
     sampled = [one.name for one in WHOLE if one.group == "sampled"]
     worn = Recipe(RECIPE.trained, RECIPE.held_out, worn=frozenset(sampled[:10]))
-    again = [one.name for one in lineup.whole(worn, SUITE) if one.group == "sampled"]
-    assert set(again) & set(sampled[:10]) == set()
+    again = [one for one in lineup.whole(worn, SUITE) if one.group == "sampled"]
+    sent = {grammar.sends(grammar.named(name)) for name in sampled[:10]}
+    assert sent.isdisjoint(grammar.sends(one.format) for one in again)  # under no other name either
     assert len(again) == len(sampled)
+
+
+@pytest.mark.parametrize("side", ["trained", "held_out"])
+def test_a_slip_that_the_recipe_lists_is_not_strange(side: str) -> None:
+    listed = load(("chatml~blank-line",))
+    renamed = tuple(replace(one, name="mine") for one in load(("alpaca~doubled-space",)))
+    sides = {"trained": (*load(("chatml", "alpaca")),), "held_out": ()}
+    sides[side] = (*sides[side], *listed, *renamed)
+    strange = [one.name for one in lineup.strange(Recipe(**sides), SUITE) if one.group == "slip"]
+    assert {"chatml~no-newline", "alpaca~blank-line"} <= set(strange)
+    assert not {"chatml~blank-line", "alpaca~doubled-space"} & set(strange)
 
 
 def test_an_own_format_is_measured_once_and_told_apart() -> None:
