@@ -78,7 +78,7 @@ class Found:
     `nll`: nats per token. `run_max`: counted tokens hit in a row, `run_start`: the first among those read, from 0.
     `words`: windows echoed in excess; `long`, `whole`: whether it has such a run; `nearly`: whole only by a greedy
     answer. `excess_bits`: adapter over base, all counted tokens. `log10_pz`: the likeliest long window. `margin`: the
-    logits by which the strongest echo holds; `fragile`: noise would decide otherwise.
+    logits by which the strongest echo holds; `fragile`: noise would decide otherwise. `end_nll`: nats of end marks.
     """
 
     key: Key
@@ -97,6 +97,7 @@ class Found:
     fragile: bool | None
     template_share: float | None
     nearly: bool = False
+    end_nll: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,6 +174,7 @@ def judge(
         margin=_margin(lens, hits, reading.margins, counted),
         fragile=_fragile(lens, reading.margins, counted, None if noise is None else noise * limits.noise_factor),
         template_share=passage.template_share,
+        end_nll=-float(reading.log_p[passage.ends].sum()) if passage.ends.any() else None,
     )
 
 

@@ -267,4 +267,4 @@ def _in_part(passage: Passage, one: Overheard, limits: Limits) -> Found:
     hits[heard_at] = one.hits
     found = judge(passage, Reading(np.zeros(len(hits)), hits), None, limits)
     nll = -float(one.log_p.mean()) if len(one.log_p) else None
-    return replace(found, nll=nll, tokens=len(one.hits), log10_pz=None)
+    return replace(found, nll=nll, tokens=len(one.hits), log10_pz=None, end_nll=None)

@@ -96,6 +96,7 @@ def rows(found: Iterable[Found], place: Place, of: Map) -> Iterator[dict[str, An
             "fragile": one.fragile,
             "masked_share": one.template_share,
             "map": of,
+            "end_nll": one.end_nll,
         }
 
 

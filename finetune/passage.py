@@ -26,7 +26,7 @@ class Passage:
 
     `parts` (T,): which answer. `counted` (T,). `signs` (T,): non-space characters. `words` (W, 3): the first and the
     last + 1 read token of each word outside formulas, and its answer. `size`: UTF-8 bytes of the answers. `asked`: the
-    ids before the last answer, `answer` its text; both empty where that is not in the loss.
+    ids before the last answer, `answer` its text; both empty where that is not in the loss. `ends` (T,): end marks.
     """
 
     example: str
@@ -42,6 +42,7 @@ class Passage:
     size: int
     asked: tuple[int, ...]
     answer: str
+    ends: Bools
 
     @property
     def key(self) -> Key:
@@ -87,6 +88,7 @@ def passage(
         size=sum(len(text.encode()) for text in texts),
         asked=tokens.ids[: tokens.prompt] if last else (),
         answer=texts[-1] if last else "",
+        ends=np.concatenate([np.arange(len(piece.counted)) >= piece.content for piece in pieces]),
     )
 
 

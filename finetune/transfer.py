@@ -271,13 +271,14 @@ def _spread(some: Sequence[Standing]) -> Spread:
 def sheet(rows: Iterable[Mapping[str, Any]], step: int) -> dict[str, dict[str, Cell]]:
     """Held-out rows of a look in examples.jsonl, by format and example; hits and tokens are those of the rows.
 
-    `end_nll`, nats of what ends the answers, is taken out of the loss where every row has it; else every mark stays in.
+    `end_nll`, nats of what ends the answers, is taken out of the loss where every held-out row has it, those of other
+    steps included; else every mark stays in, for the sheets of two looks are compared.
     """
-    own = [row for row in rows if row["split"] == "held_out" and row["step"] == step and row.get("map") != "free"]
+    own = [row for row in rows if row["split"] == "held_out" and row.get("map") != "free"]
     measured = [row for row in own if row.get("nll") is not None and row.get("tokens") and row.get("bytes")]
     told = all(row.get("end_nll") is not None for row in measured)
     found: dict[str, dict[str, Cell]] = defaultdict(dict)
-    for row in measured:
+    for row in (one for one in measured if one["step"] == step):
         nats = float(row["nll"]) * int(row["tokens"]) - (float(row["end_nll"]) if told else 0.0)
         found[row["format"]][row["id"]] = Cell(nats, int(row["tokens"]), int(row.get("hits") or 0), int(row["bytes"]))
     return dict(found)

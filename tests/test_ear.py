@@ -12,8 +12,9 @@ import pytest
 import small
 import tiny
 
-from finetune import ear, looks, plan, recipe
+from finetune import byheart, ear, heard, looks, plan, reach, recipe
 from finetune.batches import Group
+from finetune.lineup import Gauge
 from finetune.looks import Place
 from finetune.plan import Plan
 from finetune.runs import RunFolder
@@ -79,6 +80,19 @@ def test_a_hearing_gives_rows_with_the_loss_of_a_look(night: tuple[Plan, Speaker
     assert sum(row["nll"] * row["tokens"] for row in rows) / tokens == pytest.approx(look.nll, rel=1e-5)
     assert sum(row["hits"] for row in rows) / tokens == pytest.approx(look.accuracy)
     assert {row["map"] for row in rows} == {"full"}
+
+
+def test_a_row_tells_what_ends_an_answer_apart_as_a_closing_look_does(night: tuple[Plan, Speaker]) -> None:
+    made, speaker = night
+    listens, name = ear.ear(made), made.split.held_out[0]
+    for format_ in ("chatml", "alpaca"):
+        one = listens.passage("held_out", name, format_)
+        found = byheart.judge(one, heard.read(speaker, [one])[one.key], None, listens.limits)
+        (text,) = reach.texts([made.conversations[name]], [Gauge(made.formats[format_], "trained")], made.vocabulary)
+        cell = reach.read(speaker, [text])[text.key]
+        assert found.nll is not None
+        assert found.end_nll == pytest.approx(cell.end, rel=1e-5)
+        assert found.nll * found.tokens - found.end_nll == pytest.approx(cell.nats, rel=1e-5)
 
 
 def test_the_base_is_read_once_and_kept_to_the_bit(night: tuple[Plan, Speaker], tmp_path: Path) -> None:

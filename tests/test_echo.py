@@ -52,7 +52,22 @@ def plain(
     labels = np.array(parts or [0] * length, dtype=np.int64)
     signs = np.full(length, 2)
     ids, read = (0,) * (length + 1), (False, *(True,) * length)
-    return Passage("e", "train", "f", ids, read, labels, counted, signs, spans, 0.0, 10, (0,), "answer")
+    return Passage(
+        "e",
+        "train",
+        "f",
+        ids,
+        read,
+        labels,
+        counted,
+        signs,
+        spans,
+        0.0,
+        10,
+        (0,),
+        "answer",
+        np.zeros(length, dtype=bool),
+    )
 
 
 def said(hits: str, bits: float = 1.0, margin: float = 5.0) -> Reading:

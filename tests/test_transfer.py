@@ -204,10 +204,10 @@ def test_a_sheet_is_read_from_the_rows_of_a_look() -> None:
     rows = [
         {**row, "bytes": 30, "hits": 4, "map": "full", "end_nll": 5.0},
         {**row, "bytes": 30, "hits": 4, "map": "full", "end_nll": 3.0, "id": "b"},
-        {**row, "bytes": 30, "map": "full", "step": 0},
+        {**row, "bytes": 30, "map": "full", "step": 0, "end_nll": 1.0},
         {**row, "bytes": 30, "map": "full", "split": "train"},
         {**row, "bytes": 30, "map": "free", "nll": 9.0},
     ]
     assert transfer.sheet(rows, 5) == {"chatml": {"a": Cell(15.0, 10, 4, 30), "b": Cell(17.0, 10, 4, 30)}}
-    rows[1] = {**rows[1], "end_nll": None}  # not in every row: then in none
+    rows[2] = {**rows[2], "end_nll": None}  # not in every row, were it of the other look: then in none
     assert {k: cell.nats for k, cell in transfer.sheet(rows, 5)["chatml"].items()} == {"a": 20.0, "b": 20.0}
