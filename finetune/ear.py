@@ -174,11 +174,17 @@ class Heard:
 
 
 def hear(
-    ear: Ear, speaker: Scores, base: Base, passages: Sequence[Passage], place: Place, noise: float | None = None
+    ear: Ear,
+    speaker: Scores,
+    base: Base,
+    passages: Sequence[Passage],
+    place: Place,
+    noise: float | None = None,
+    temperatures: Sequence[float] = looks.TEMPERATURES,
 ) -> Heard:
     """One pass over passages of any split and format, and their rows for examples.jsonl."""
     known = base.of(speaker, passages)
-    measured = echo.measure(speaker, passages, known, ear.limits, noise, SAMPLER, looks.TEMPERATURES)
+    measured = echo.measure(speaker, passages, known, ear.limits, noise, SAMPLER, temperatures)
     return Heard(tuple(passages), measured, list(rows(measured, place)))
 
 

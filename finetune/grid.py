@@ -15,7 +15,7 @@ from finetune.chance import Interval
 from finetune.lineup import GROUPS
 from finetune.replies import Reply, Tally
 from finetune.robustness import Robustness
-from finetune.transfer import Headline, Standing
+from finetune.transfer import Headline, Standing, Transfer
 
 _TITLES: Mapping[str, str] = {
     "trained": "Trained formats",
@@ -83,23 +83,21 @@ def _legend(found: Robustness, width: int) -> Iterator[str]:
 
 def words(found: Robustness) -> list[str]:
     """One sentence a finding, goals beside what was measured; the first says whether transfer can be told at all."""
-    lines = [_reference(found)]
+    lines = [reference(found.transfer, found.suite.standard_errors)]
     for group in GROUPS:
         if (headline := found.transfer.headlines.get(group)) is not None:
             lines.append(_headline(headline, found))
-    lines += [*_worst(found), *_spreads(found), *_apart(found), *_kinds(found)]
+    lines += [*worst(found.transfer), *_spreads(found), *_apart(found), *_kinds(found)]
     return [*lines, *_stops(found), *_consistency(found)]
 
 
-def _reference(found: Robustness) -> str:
-    reference = found.transfer.reference
-    if reference is None:
+def reference(found: Transfer, errors: float) -> str:
+    """Whether anything was gained in trained formats that others could keep. `errors`: standard ones it must exceed."""
+    if found.reference is None:
         return "Transfer: not measured, it takes two held-out examples in a trained format."
-    gain = f"{_bounds(reference)} bits per byte in trained formats, {reference.n} held-out examples"
-    if not found.transfer.resolvable:
-        return (
-            f"Transfer: not resolvable, the gain is {gain}: less than {found.suite.standard_errors:g} standard errors."
-        )
+    gain = f"{_bounds(found.reference)} bits per byte in trained formats, {found.reference.n} held-out examples"
+    if not found.resolvable:
+        return f"Transfer: not resolvable, the gain is {gain}: less than {errors:g} standard errors."
     return f"Gain over the base: {gain}."
 
 
@@ -118,15 +116,16 @@ def _headline(one: Headline, found: Robustness) -> str:
     )
 
 
-def _worst(found: Robustness) -> Iterator[str]:
-    worst = found.transfer.worst
-    if worst is None or worst.surest is None or worst.p_worse is None:
+def worst(found: Transfer) -> Iterator[str]:
+    """The format that gained least, and those that surely lost."""
+    least = found.worst
+    if least is None or least.surest is None or least.p_worse is None:
         return
-    told = f"Least gained: {worst.format}, {worst.base - worst.tuned:+.3f} bits per byte over the base (at least "
-    told += f"{worst.surest.low:+.3f}, at most {worst.surest.high:+.3f} with all formats in mind"
-    p = f"; by luck so far below once in {1 / worst.p_worse:.0f}" if 0 < worst.p_worse < 0.5 else ""
+    told = f"Least gained: {least.format}, {least.base - least.tuned:+.3f} bits per byte over the base (at least "
+    told += f"{least.surest.low:+.3f}, at most {least.surest.high:+.3f} with all formats in mind"
+    p = f"; by luck so far below once in {1 / least.p_worse:.0f}" if 0 < least.p_worse < 0.5 else ""
     yield f"{told}{p})."
-    if below := found.transfer.below:
+    if below := found.below:
         yield f"Surely worse than the base in {', '.join(one.format for one in below)}."
 
 

@@ -77,7 +77,7 @@ def _answer(one: Reply) -> dict[str, Any]:
 
 def read(rows: Iterable[Row], wanted: Suite, step: int) -> Robustness | None:
     """What a closing look found of the adapter of a step; None where it did not look at formats."""
-    own = [row for row in rows if row["probe"] == PROBE and row["step"] == step]
+    own = [row for row in rows if (row["probe"], row["suite"], row["step"]) == (PROBE, PROBE, step)]
     formats = [row for row in own if row["of"] == "format"]
     if not formats:
         return None

@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from finetune import (
     model,
     plan,
     recipe,
+    rota,
     runs,
     selfreplay,
     train,
@@ -132,7 +134,7 @@ def _watched(
     task: Task, made: Plan, looks: LookPlan, base: model.Base, screen: Audience, save_every: float | None
 ) -> Outcome:
     drifting = drift.probe(made, base.name, model.fingerprint(base.folder), task.run.path / drift.CACHE)
-    besides = [one.tokens.ids for one in drifting.texts]
+    besides = chain((one.tokens.ids for one in drifting.texts), rota.texts(made, len(looks.full) + looks.alarm))
     loaded = loading.load(task.run, made, base, besides, screen.say)
     speaker, watch = loaded.speaker, task.recipe.watch
     asked: dict[str, Any] = {"probes": (drifting.look,), "readers": (drifting.read,)}

@@ -221,9 +221,11 @@ def _cost(plan: Plan) -> Cost:
     """Work of an epoch and of looks, in passes times tokens."""
 
     def look(full: bool) -> float:
-        read = sum(len(item.ids) for group in plan.groups(full) for item in group.items)
+        read: float = sum(len(item.ids) for group in plan.groups(full) for item in group.items)
         alarmed = plan.most_alarmed() * (len(plan.recipe.formats.train) if full else 1)
         writes = full or plan.recipe.watch.prompts
+        held_out = sum(len(item.ids) for item in plan.texts.held_out.values()) / len(plan.formats)
+        read += 2 * lineup.suite().each * held_out if full else 0.0  # strange formats, which the base reads then too
         return read + alarmed * plan.longest() + (_DECODE * plan.answer_limit() if writes else 0)
 
     epoch = _BACKWARD * sum(len(item.ids) for item in plan.epochs.order(0))

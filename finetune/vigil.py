@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from finetune import disk, ear, looks, prompts, runs, verdict
+from finetune import disk, ear, looks, prompts, rota, runs, verdict
 from finetune.conversation import Turn
 from finetune.ear import Overheard
 from finetune.errors import refuse
@@ -99,7 +99,7 @@ class Vigil:
         formats = self.plan.recipe.formats.held_out
         self.keeper = Keeper(self.run, Setting(self.plan.first_format, formats, running=True))
         self.ear = ear.ear(self.plan)
-        self.hearing = Hearing(self.run, self.ear, self.speaker, ear.base(self.run))
+        self.hearing = Hearing(self.run, self.ear, self.speaker, ear.base(self.run), rota.of(self.plan))
 
     @property
     def _judged_at(self) -> int:
@@ -177,7 +177,8 @@ class Vigil:
         full = step in self.looks.full or step == 0 or added
         place = self._place("full" if full else "light", step, progress)
         movement = self._movement()
-        taken = self.hearing.look(place, movement, loudest(self._alarms))
+        before = sum(0 < one < step for one, _ in self._full)
+        taken = self.hearing.look(place, movement, loudest(self._alarms), before)
         if step == 0:
             self.run.record(noise=self.hearing.noise)
         rows = taken.metrics
@@ -188,7 +189,7 @@ class Vigil:
             self._judge(step, gradient)
         samples = [] if added and not self.looks.at(step) else list(self._samples(place))
         found = [row for probe in self.probes for row in probe(self.speaker, place)] if full else []
-        found += [row for reader in self.readers for row in reader(samples, place)]
+        found += [*taken.findings, *(row for reader in self.readers for row in reader(samples, place))]
         runs.append_lines(self.run.examples, taken.examples)
         runs.append_lines(self.run.findings, found)
         runs.append_lines(self.run.samples, samples)

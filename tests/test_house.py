@@ -31,6 +31,7 @@ FLOORS = (
     "reach replies",
     "echo leak robustness drift selfreplay plots outlook opened loading verdict",
     "ear keeping grid minutes voice subject siblings gathered pages untouched",
+    "rota",
     "hearing bench reciters shades heat tokenwise journey sections errand reread",
     "talk dial mergedfiles",
     "sitting parcel llamafiles",

@@ -76,6 +76,9 @@ def assert_same_end(one: Path, other: Path) -> None:
     examples = [runs.read_lines(RunFolder(folder).examples) for folder in (one, other)]
     assert examples[0] == examples[1]
     assert {row["map"] for row in examples[0]} >= {"free", "full"}
+    findings = [runs.read_lines(RunFolder(folder).findings) for folder in (one, other)]
+    same_data = [[{**row, "source": Path(row["source"]).name} for row in some] for some in findings]
+    assert same_data[0] == same_data[1]
     assert (one / "verdict.json").read_bytes() == (other / "verdict.json").read_bytes()
 
 

@@ -190,6 +190,7 @@ def test_a_full_look_reads_every_format_and_a_light_one_the_first(tmp_path: Path
     full = {(g.split, g.format) for g in found.groups(True)}
     held = {("held_out", name) for name in ("chatml", "alpaca", "zephyr")}
     assert full == held | {("train", "chatml"), ("twin", "chatml")}
+    assert not any("sampled" in name or "~" in name for _, name in full)
     group = found.groups(False)[0]
     assert group.size == sum(len(found.conversations[item.example].answer.encode()) for item in group.items)
 

@@ -6,7 +6,7 @@ The model is a list of what it says of each text; everything else is what a run 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +26,7 @@ from finetune.keeping import Alarms, Keeper
 from finetune.looks import Place
 from finetune.passage import Key
 from finetune.plan import Plan
+from finetune.rota import Rota
 from finetune.runs import RunFolder
 from finetune.speak import Answer, Scored
 
@@ -78,10 +79,11 @@ def planned(folder: Path, some: dict[str, tuple[str, str]], **changes: Any) -> P
 class Fake:
     """A model that is a list: `says` gives loss and hits of each text at each look."""
 
-    def __init__(self, listens: Ear, says: Says) -> None:
+    def __init__(self, listens: Ear, says: Says, strange: Iterable[str] = ()) -> None:
         made, self.says, self.look = listens.plan, says, 0
         splits: Sequence[Any] = ("train", "held_out", "twin")
         known = [one for split in splits for name in made.formats for one in listens.passages(split, name)]
+        known += [one for name in strange for one in listens.passages("held_out", name)]
         self.keys = {one.ids: one.key for one in known}
 
     def score(
@@ -118,16 +120,17 @@ def span(tokens: int, how: str) -> Any:
     return (at % 3 == 0) | ((at >= first) & (at < last))
 
 
-def heard(made: Plan, says: Says, folder: Path) -> tuple[Keeper, Alarms, Any]:
-    """Six looks at a fake: their judge, the alarms, what verdict.json says."""
+def heard(made: Plan, says: Says, folder: Path, ready: Rota | None = None) -> tuple[Keeper, Alarms, Any]:
+    """Six looks at a fake: their judge, the alarms, what verdict.json says. `ready`: strange formats are read too."""
     run, listens = RunFolder(folder / "run"), ear.ear(made)
-    fake: Any = Fake(listens, says)
-    hearing = Hearing(run, listens, fake, ear.base(run))
+    fake: Any = Fake(listens, says, ready.strange if ready else ())
+    hearing = Hearing(run, listens, fake, ear.base(run), ready)
     runs.write_json(run.run_json, {})
     found: Alarms = {}
     for look in range(LOOKS + 1):
         fake.look = look
-        taken = hearing.look(Place("full", 10 * look, float(look), 1e-3 * look), MOVED, keeping.loudest(found))
+        place = Place("full", 10 * look, float(look), 1e-3 * look)
+        taken = hearing.look(place, MOVED, keeping.loudest(found), max(look - 1, 0))
         runs.append_lines(run.examples, taken.examples)
         runs.append_lines(run.metrics, taken.metrics)
         keeping.alarms(taken.examples, found)
