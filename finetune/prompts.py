@@ -7,7 +7,7 @@ format is guessed from a name. `native` is the base's own chat template, run in 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -137,9 +137,15 @@ def prove(fmt: Format, vocabulary: Vocabulary) -> list[Problem]:
         problems.append(Problem(f"{what}: nothing ends an answer: no mark, and the base has no EOS.", remedy))
     elif not all(tokens.trained[answer.end : answer.stop]) or answer.stop != len(tokens.ids):
         problems.append(Problem(f"{what}: the end of an answer is not in the loss.", "Choose another format."))
-    if vocabulary.bos_id is not None and tokens.ids[:2] == (vocabulary.bos_id,) * 2:
+    if vocabulary.bos_id is not None and (vocabulary.bos_id,) * 2 in _begun(fmt, vocabulary):
         problems.append(Problem(f"{what}: two BOS begin the text.", "Take the BOS out of the format's first prefix."))
     return problems
+
+
+def _begun(fmt: Format, vocabulary: Vocabulary) -> Iterator[tuple[int, ...]]:
+    """The first two tokens without a system text and with one, which many a base's own template refuses."""
+    for system in (None,) if fmt.name == NATIVE.name else (None, "Be kind."):
+        yield encode(render(_probe(fmt, system), fmt, vocabulary), vocabulary).ids[:2]
 
 
 def remarks(fmt: Format) -> list[str]:

@@ -343,15 +343,6 @@ def test_a_masked_end_is_refused_by_name(tmp_path: Path) -> None:
         plan.make(made, base)
 
 
-def test_a_doubled_bos_is_refused_by_name(tmp_path: Path) -> None:
-    tmp_path.joinpath("twice.yaml").write_text(
-        'name: twice\nfamily: twice\nuser_prefix: "<s><s>Q: "\nuser_suffix: "\\n"\nassistant_prefix: "A: "\n'
-        'generation_prompt: "A:"\nassistant_suffix: "\\n"\n'
-    )
-    told = refused(tmp_path, examples(random.Random(10)), formats={"train": [str(tmp_path / "twice.yaml")]})
-    assert "format twice: two BOS begin the text" in told
-
-
 def test_check_refuses_them_by_name_before_a_night(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -364,3 +355,52 @@ def test_check_refuses_them_by_name_before_a_night(
     assert code == 2
     assert "talk/copy.md" in out + err
     assert "e00" in out + err
+
+
+OWN = {
+    "user_prefix": "Q> ",
+    "user_suffix": "\n",
+    "assistant_prefix": "A> ",
+    "generation_prompt": "A>",
+    "assistant_suffix": "\n",
+    "end": "",
+    "stop_strings": ["\nQ>"],
+}
+FAULTY: dict[str, tuple[dict[str, Any], int, str]] = {
+    "nothing": ({}, 0, ""),
+    "a space after the generation prompt": ({"generation_prompt": "A> "}, 0, "the prompt ends in a space"),
+    "a doubled BOS": ({"user_prefix": "<s><s>Q> "}, 2, "two BOS begin the text"),
+    "a doubled BOS before a system text": ({"system_prefix": "<s><s>S> "}, 2, "two BOS begin the text"),
+    "a missing end": ({}, 2, "nothing ends an answer"),
+}
+
+
+@pytest.mark.parametrize("side", ["train", "held_out"])
+@pytest.mark.parametrize("fault", FAULTY)
+def test_check_tells_a_fault_of_an_own_format_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fault: str, side: str
+) -> None:
+    changes, code, told = FAULTY[fault]
+    path = paper.folder(tmp_path)
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"name": "mine", "family": "mine", **OWN, **changes}))
+    settings = yaml.safe_load(path.read_text())
+    settings["formats"][side].append("mine.yaml")
+    path.write_text(yaml.safe_dump(settings))
+    if "missing" in fault:  # of a format without a mark of its own, on a base without one too
+        (tmp_path / "base" / "tokenizer_config.json").write_text('{"bos_token": "<s>", "add_bos_token": true}')
+    got, out, err = paper.Door(capsys, monkeypatch)("check", path)
+    said = " ".join((out + err).split())
+    assert got == code, said
+    assert (f"format mine: {told}" in said) is (fault != "nothing"), said
+
+
+def test_check_refuses_a_held_out_format_that_renders_as_a_trained_one_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = paper.folder(tmp_path)
+    twin = (plan.prompts.SHELF / "chatml.yaml").read_text().replace("name: chatml", "name: mine", 1)
+    (tmp_path / "mine.yaml").write_text(twin)
+    path.write_text(path.read_text().replace("held_out: [zephyr]", "held_out: [zephyr, mine.yaml]"))
+    code, out, err = paper.Door(capsys, monkeypatch)("check", path)
+    assert code == 2
+    assert "held-out format mine renders exactly like the trained chatml" in " ".join((out + err).split())
