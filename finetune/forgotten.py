@@ -173,6 +173,24 @@ def lines(found: Summary) -> Iterator[str]:
         yield from _spoken_told(found.spoken)
 
 
+def brief(rows: Iterable[Row]) -> str:
+    """The newest step of these rows in a few words; "" where nothing was read along and no answer went astray."""
+    found = summary(rows)
+    if found is None or not (found.moved or found.alarms):
+        return ""
+    changes = {one.axis: one.change for one in found.moved}
+    told = []
+    if (general := changes.get("general")) is not None:
+        told.append(f"neutral text {general.value:+.4f} bits/byte")
+    if found.facts is not None and found.facts.sure:
+        told.append(f"{found.facts.kept} of {found.facts.sure} facts kept")
+    if found.alarms:
+        told.append(f"beyond what is healthy: {', '.join(NAMES[one][0].split(',')[0] for one in found.alarms)}")
+    else:
+        told.append("within cuts" if any(one.cut is not None for one in found.moved) else "no cuts for this base")
+    return " · ".join(told)
+
+
 def _line(one: Moved) -> list[str]:
     name, digits = NAMES[one.axis]
     between = "-" if one.change is None else f"{one.change.value:+.{digits}f} ({one.change.low:+.{digits}f} at least)"

@@ -24,6 +24,7 @@ from finetune.tables import harmless
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 _STYLE = {"ok": "green", "watch": "yellow", "overfit": "bold red"}
+_BESIDES = ("formats", "drift")
 _PLAIN_EVERY = 10.0  # seconds between two plain lines; looks are always told
 
 
@@ -71,6 +72,7 @@ class _State:
     held: list[float] = field(default_factory=list)
     look: Mapping[str, Any] | None = None
     judged: Mapping[str, Any] | None = None
+    besides: dict[str, str] = field(default_factory=dict)  # of the newest look that said something of it
     base: float | None = None
     sample: Mapping[str, Any] | None = None
     note: str = ""
@@ -127,7 +129,8 @@ class Screen:
         """One look: its rows, and answers written at it. The first row of the held-out split is the one drawn.
 
         `judged`: the run's `verdict` so far, `recited` and `whole` (how many, of how many trained answers that are long
-        enough) and `change` of held-out loss against the base, nats per token; None before the first step.
+        enough) and `change` of held-out loss against the base, nats per token; `formats` and `drift` in a few words,
+        "" where a look says nothing of them. None before the first step.
         """
         samples = [{**one, **{key: harmless(one[key]) for key in ("prompt", "answer")}} for one in samples]
         row = next((row for row in rows if row["split"] == "held_out"), None)
@@ -137,8 +140,12 @@ class Screen:
             self._state.base = float(row["nll"]) if row["step"] == 0 else self._state.base
         self._state.sample = samples[0] if samples else self._state.sample
         self._state.judged = judged or self._state.judged
+        said = {key: harmless(text) for key in _BESIDES if (text := (judged or {}).get(key))}
+        self._state.besides |= said
         if self._live is None:
             self._tell_look(row or next(iter(rows), None), samples, judged)
+            for key, text in said.items():
+                self._console.print(escape(f"    {key}: {text}"), highlight=False, soft_wrap=True)
         self._refresh()
 
     def say(self, text: str) -> None:
@@ -235,6 +242,8 @@ class Screen:
         if state.judged is not None:
             word = str(state.judged["verdict"])
             table.add_row("so far", Text(word, style=_STYLE.get(word, "")), _figures(state.judged))
+        for key, text in state.besides.items():
+            table.add_row(key, "", Text(text))
         return table
 
     def _held(self) -> str:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from finetune import disk, ear, looks, prompts, rota, runs, verdict
+from finetune import disk, ear, forgotten, looks, prompts, rota, runs, verdict
 from finetune.conversation import Turn
 from finetune.ear import Overheard
 from finetune.errors import refuse
@@ -197,7 +197,9 @@ class Vigil:
             rows[0].update({"took": time.monotonic() - began, **({"cause": "alarm"} if added else {})})
         runs.append_lines(self.run.metrics, rows)
         self._remember(place, taken.examples, added)
-        self.screen.look(rows, samples, self._weigh(step))
+        judged = self._weigh(step)
+        told = {"formats": rota.brief(found), "drift": forgotten.brief(found)}
+        self.screen.look(rows, samples, None if judged is None else {**judged, **told})
 
     def _remember(self, place: Place, examples: Sequence[Mapping[str, Any]], added: bool) -> None:
         self._hear_alarms(examples)

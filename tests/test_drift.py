@@ -178,6 +178,7 @@ def test_nothing_measured_is_no_summary(night: Night) -> None:
     assert forgotten.summary([]) is None
     assert forgotten.summary([{"probe": "leak", "step": 3}]) is None
     assert forgotten.summary(night.rows, step=4) is None
+    assert forgotten.brief([]) == ""
 
 
 # --- what it means
@@ -206,6 +207,7 @@ def test_alarms_are_those_the_verdict_would_see(night: Night) -> None:
     assert found is not None
     assert found.alarms == ("general",)
     assert "ALARM" in "\n".join(forgotten.lines(found))
+    assert "beyond what is healthy: neutral text" in forgotten.brief(worse)
     assert json.loads(json.dumps(found.as_dict()))["alarms"] == ["general"]
     within = forgotten.summary([{**row, "cut": 0.9} for row in worse])
     assert within is not None
@@ -217,6 +219,9 @@ def test_an_uncalibrated_base_is_told_so(night: Night) -> None:
     assert found is not None
     assert found.alarms == ()
     assert "No cuts are fitted for this base" in "\n".join(forgotten.lines(found))
+    told = forgotten.brief(night.rows)
+    assert told.startswith("neutral text ")
+    assert told.endswith("no cuts for this base")
 
 
 # --- foreign letters, before they are spoken

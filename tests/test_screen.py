@@ -168,6 +168,25 @@ def test_a_look_says_its_verdict_who_recites_and_what_became_of_held_out_loss(co
     assert "underpowered · nothing measured yet · train 2.90000" in flat(again.export_text())
 
 
+FORMATS = "kept 0.93 median, least 0.81 (guanaco) · sampled 0.88"
+DRIFT = "neutral text +0.0123 bits/byte · 70 of 71 facts kept · no cuts for this base"
+
+
+@pytest.mark.parametrize("console", [terminal(), terminal(72), paper()], ids=["live", "narrow", "plain"])
+def test_a_full_look_says_what_formats_keep_and_what_drifted_and_a_light_one_leaves_it_standing(
+    console: Console,
+) -> None:
+    def then() -> None:
+        screen.look([look(6, 2.9)], [], {**JUDGED, "formats": FORMATS, "drift": DRIFT})
+        screen.look([look(9, 2.8)], [], {**JUDGED, "formats": "", "drift": ""})
+
+    screen = Screen(console)
+    text = flat(shown(screen, console, then))
+    for name, told in (("formats", FORMATS), ("drift", DRIFT)):
+        assert f"{name} {told}" in text.replace(":", "")
+        assert text.count(told) == 1
+
+
 def test_plain_lines_are_told_now_and_then_only(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [100.0]
     monkeypatch.setattr("finetune.screen.time.monotonic", lambda: clock[0])
