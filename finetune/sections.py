@@ -116,7 +116,7 @@ def formats(run: Run) -> About | None:
     ]
     unit = "gain over the base, bits per byte"
     drawn = [(width, intervals(f"formats{width}", groups, unit, width)) for width in (600, NARROW)]
-    return {"found": found, "epoch": epoch, "drawn": drawn, "titles": _GROUPS, "plain": ()}
+    return {"found": found, "epoch": epoch, "drawn": drawn, "titles": _GROUPS, "plain": (), "kept": _kept(run)}
 
 
 def _plain_formats(run: Run) -> About | None:
@@ -129,7 +129,14 @@ def _plain_formats(run: Run) -> About | None:
         if later:
             plain.append({"name": name, "base": both.get(0), "now": both[max(later)], "group": _gauge(name, run).group})
     plain.sort(key=lambda one: (one["base"] or one["now"]) - one["now"])
-    return {"found": None, "plain": plain, "titles": _GROUPS, "drawn": (), "epoch": None} if plain else None
+    return {"found": None, "plain": plain, "titles": _GROUPS, "drawn": (), "epoch": None, "kept": ()} if plain else None
+
+
+def _kept(run: Run, most: int = 12) -> list[Row]:
+    """What full looks said of formats, those where it can be told; the first, the last and others evenly."""
+    rows = [row for row in run.findings if row["probe"] == "formats" and row.get("suite") == "look"]
+    told = [row for row in rows if row["score"] is not None]
+    return [told[round(i * (len(told) - 1) / (most - 1))] for i in range(most)] if len(told) > most else told
 
 
 def _gauge(name: str, run: Run) -> _Gauge:

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import yaml
 
-from finetune import bases, byheart, corpus, formula, heard, passage, plan, prompts, recipe, runs, verdict
+from finetune import bases, byheart, corpus, formula, heard, passage, plan, prompts, recipe, rota, runs, verdict
 from finetune.evidence import Setting
 from finetune.heard import Reading
+from finetune.looks import Place
 from finetune.masks import encode
 from finetune.passage import Key, Passage
 from finetune.plan import Plan
@@ -158,6 +159,10 @@ class _Night:
             self.measured(epoch, list(self.judged(found, base, epoch)))
             runs.append_lines(run.samples, self.answers(epoch))
             runs.append_lines(run.findings, self.findings(epoch))
+            if full:
+                place = Place("full", step, float(epoch), step * self.shape.rate)
+                said = rota.of(self.plan).finding(runs.read_lines(run.examples), place)
+                runs.append_lines(run.findings, [said] if said else [])
         self.end()
 
     def end(self) -> None:

@@ -103,6 +103,18 @@ def test_what_was_not_measured_says_so_and_is_no_empty_frame(tmp_path: Path) -> 
         assert "<svg" not in section
 
 
+def test_the_page_says_what_untouched_formats_kept_look_by_look(run: Path, page: str) -> None:
+    rows = [row for row in runs.read_lines(run / "findings.jsonl") if row.get("suite") == "look"]
+    told = [row for row in rows if row["score"] is not None]
+    assert told
+    text = html.unescape(re.sub(r"<[^>]*>", "", page))
+    line = text[text.index("Carried over to formats never trained") :].partition("\n")[0]
+    for row in told:
+        assert f"{row['score']:.0%} at epoch {row['epoch']:g}" in line.replace("\u202f", "").replace(
+            "\xa0", ""
+        ).replace(" %", "%")
+
+
 def test_only_a_running_night_looks_again_by_itself(page: str, tmp_path: Path) -> None:
     assert "data-refresh" not in page
     going = nights.night(tmp_path, Shape(examples=8, epochs=4, looks=(), state="running"))
