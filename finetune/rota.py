@@ -139,7 +139,9 @@ def _headline(found: Transfer, group: str) -> dict[str, Any] | None:
     head = found.headlines.get(group)
     if head is None:
         return None
-    return {"median": head.median, "families": len(head.reaches), "least": head.least.name, **asdict(head.least.tau)}
+    own = [one.format for one in found.standings if (one.group, one.family) == (group, head.least.name)]
+    least = own[0] if len(own) == 1 else head.least.name  # a recipe names formats, not families
+    return {"median": head.median, "families": len(head.reaches), "least": least, **asdict(head.least.tau)}
 
 
 def _least(one: Mapping[str, Any], more: str = "") -> str:

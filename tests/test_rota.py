@@ -165,16 +165,16 @@ def test_a_look_says_what_untouched_and_strange_formats_keep() -> None:
     assert {"probe", "suite", "version", "step", "prompt", "answer", "score", "why", "source"} <= row.keys()
     kept = row["kept"]
     assert row["score"] == kept["held_out"]["median"] == pytest.approx(0.7, abs=0.01)
-    assert (kept["held_out"]["least"], kept["held_out"]["families"], kept["near"]) == ("hash-colon", 2, None)
+    assert (kept["held_out"]["least"], kept["held_out"]["families"], kept["near"]) == ("guanaco", 2, None)
     # four examples met one sampled format, four met two: means of 0.5 and 0.75 of what they gained in trained ones
     assert kept["sampled"]["value"] == pytest.approx((4 * 0.5 + 4 * 0.75) / 8, abs=0.01)
     assert (kept["sampled"]["n"], kept["sampled"]["formats"], kept["slip"]["formats"]) == (8, 2, 1)
     assert kept["slip"]["value"] == pytest.approx(0.95, abs=0.01)
     assert kept["sampled"]["low"] < kept["sampled"]["value"] < kept["sampled"]["high"]
     assert (row["worst"]["format"], row["below"]) == ("guanaco", [])
-    assert "Kept of it in formats never trained: 0.70 median, least 0.50 (hash-colon, between" in row["why"]
+    assert "Kept of it in formats never trained: 0.70 median, least 0.50 (guanaco, between" in row["why"]
     assert "In sampled formats, 8 examples in 2 formats: 0.6" in row["why"]
-    assert rota.brief([row]) == "kept 0.70 median, least 0.50 (hash-colon) · sampled 0.62 · slips 0.95"
+    assert rota.brief([row]) == "kept 0.70 median, least 0.50 (guanaco) · sampled 0.62 · slips 0.95"
     assert json.loads(json.dumps(row)) == row
 
 
