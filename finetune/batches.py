@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import Literal
 
 Shuffle = Literal["each_epoch", "once", "never"]
+_NO_LIMIT = 2**40  # tokens
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,37 @@ def _dropped(before: Sequence[int], k: int) -> bool:
     return int.from_bytes(digest[:8], "big") % k == 0
 
 
-def micro_batch(batch_size: int, longest: int, budget: int = 2048) -> int:
-    """The largest divisor of `batch_size` whose padded micro-batch stays within `budget` tokens; at least 1."""
-    return max((d for d in range(1, batch_size + 1) if batch_size % d == 0 and d * longest <= budget), default=1)
+@dataclass(frozen=True)
+class Packing:
+    """How a global batch is laid into micro-batches: at most `tokens` tokens, or one text, and at most `texts` texts.
+
+    Nothing is padded, so tokens are all that a micro-batch costs.
+    """
+
+    tokens: int = 2048
+    texts: int | None = None
+
+    def packs(self, items: Sequence[Item]) -> list[list[Item]]:
+        """Every item once, in order; at least one in each."""
+        packs: list[list[Item]] = []
+        room = 0
+        for item in items:
+            room -= len(item.ids)
+            if room < 0 or len(packs[-1]) == self.texts:
+                packs.append([])
+                room = self.tokens - len(item.ids)
+            packs[-1].append(item)
+        return packs
+
+    def steps(self, order: Sequence[Item], batch_size: int) -> list[list[int]]:
+        """Tokens of every micro-batch, step by step."""
+        return [[sum(map(_length, pack)) for pack in self.packs(batch)] for batch in _chunks(order, batch_size)]
+
+    def most(self, longest: int, batch_size: int) -> int:
+        """Tokens that no micro-batch of texts of up to `longest` exceeds."""
+        return min(min(batch_size, self.texts or batch_size) * longest, max(self.tokens, longest))
+
+
+def packing(micro_batch: int | Literal["auto"]) -> Packing:
+    """As a recipe's `machine.micro_batch` says: so many texts, however long, or what fits 2,048 tokens."""
+    return Packing() if micro_batch == "auto" else Packing(tokens=_NO_LIMIT, texts=micro_batch)

@@ -56,7 +56,7 @@ def _load(made: Plan, known: Known, checkpointing: bool) -> Load | None:
     wanted = made.recipe
     layers = known.shape.layers if wanted.lora.layers == "all" else wanted.lora.layers.top
     adapter = memory.adapter_weights(known.shape, wanted.lora.rank, wanted.lora.targets, layers)
-    tokens = made.micro_batch * made.longest()
+    tokens = made.largest()
     noise, top = wanted.regularise.stochastic_depth, None if wanted.lora.layers == "all" else layers
     below = layers_below(known.shape.layers, top, noise, wanted.machine.prefix_gib)
     return Load(known.shape, wanted.quantization, adapter, layers, wanted.optimizer.name, tokens, checkpointing, below)
@@ -103,7 +103,7 @@ def _against(made: Plan, room: float, totals: tuple[float, float], load: Load, p
     asked = made.recipe.machine.activation_checkpointing
     lines = {line.name: line.gib for line in memory.bill(load)}
     free = room - lines["base"] - lines["embeddings, head"] - lines["adapter"]
-    tokens = made.micro_batch * made.longest()
+    tokens = made.largest()
     again = memory.guessed_checkpointing(load.shape, tokens, free) if asked == "auto" else asked
     need = totals[1] if again else totals[0]
     how = f"{gib(need)} {'with' if again else 'without'} activation checkpointing" + (
@@ -123,7 +123,7 @@ def _savings(made: Plan, again: bool) -> Iterator[str]:
     wanted = made.recipe
     if not again:
         yield "machine.activation_checkpointing: true"
-    if made.micro_batch > 1:
+    if made.largest() > made.longest():
         yield "machine.micro_batch: 1"
     if wanted.quantization != "nf4":
         yield "quantization: nf4"

@@ -9,8 +9,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from finetune import model, prefix, runs, slices, train
+import torch
+
+from finetune import bases, memory, model, prefix, runs, slices, train
 from finetune.estimate import layers_below
+from finetune.headroom import Headroom
 from finetune.machine import Derived
 from finetune.plan import Plan
 from finetune.recipe import Recipe
@@ -74,3 +77,20 @@ def _shortened(
     known = runs.read_json(run.run_json)["derived"]
     run.record(derived={**known, "stored_activations_gib": Derived(filled.gib, why)})
     return short
+
+
+def headroom(wanted: Recipe, loaded: Loaded) -> Headroom:
+    """How much of a micro-batch's activations fits: all where nobody asks, none where they shall be computed twice.
+
+    On CUDA `auto` takes what is free once gradients and optimizer are there, a tenth less: blocks are never all of use.
+    """
+    asked, shape = wanted.machine.activation_checkpointing, bases.shape_in(loaded.base.folder)
+    layers = len(model.trained_layers(loaded.model))
+    if asked != "auto" or not torch.cuda.is_available():
+        return Headroom(layers, room=0.0 if asked is True else None)
+    hidden = int(loaded.model.config.get_text_config().hidden_size)
+    kept = memory.layer_bytes(shape) if shape else float(memory.KEPT_BYTES * hidden)
+    trained = sum(weight.numel() for weight in model.adapter_weights(loaded.model).values())
+    state = (4 + memory.OPTIMIZER[wanted.optimizer.name]) * trained
+    room = 0.9 * torch.cuda.mem_get_info()[0] - state - 2 * memory.HEAD_BYTES
+    return Headroom(layers, kept, 4.0 * hidden, max(room, 0.0))

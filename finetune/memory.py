@@ -13,8 +13,8 @@ GIB = 2**30
 KEPT_BYTES = 68  # a hidden unit, layer and token, where no activation is computed twice: a guess
 # nf4, double quantised [Dettmers et al. 2023]: 4 bits, one byte for 64 weights, one fp32 for 256 of those bytes
 BYTES_A_WEIGHT = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0, "none": 2.0}
-_OPTIMIZER = {"adamw": 8.0, "adamw_8bit": 2.0, "paged_adamw_8bit": 2.0}  # bytes a trained weight: two moments
-_HEAD_BYTES, _A_LOGIT = 2**28, 14  # held at once for logits; bytes each: bf16, fp32, log p, gradient
+OPTIMIZER = {"adamw": 8.0, "adamw_8bit": 2.0, "paged_adamw_8bit": 2.0}  # bytes a trained weight: two moments
+HEAD_BYTES, _A_LOGIT = 2**28, 14  # held at once for logits; bytes each: bf16, fp32, log p, gradient
 _CONTEXT = 0.6  # GiB of a CUDA context, its libraries' workspaces and loose blocks: a guess
 MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -123,7 +123,7 @@ def _bytes(load: Load) -> Iterator[tuple[str, float, str]]:
     yield "embeddings, head", 2.0 * outside, f"{short(outside)} weights, {table}, bf16"
     yield "adapter", 4.0 * load.adapter, f"{short(load.adapter)} weights, fp32"
     yield "gradients", 4.0 * load.adapter, "as many, fp32"
-    state = _OPTIMIZER[load.optimizer]
+    state = OPTIMIZER[load.optimizer]
     yield "optimizer", state * load.adapter, f"{load.optimizer}: {state:g} bytes a trained weight"
     how = "one layer at a time, its input kept" if load.checkpointing else "of all layers"
     yield "activations", activations(load), f"{load.tokens:,} tokens a micro-batch, {how}"
@@ -137,18 +137,18 @@ def _bytes(load: Load) -> Iterator[tuple[str, float, str]]:
 
 def head_tokens(vocabulary: int) -> int:
     """Positions whose logits training holds at once: a quarter of a GiB of them, at least 64."""
-    return max(64, _HEAD_BYTES // (_A_LOGIT * vocabulary))
+    return max(64, HEAD_BYTES // (_A_LOGIT * vocabulary))
 
 
 def activations(load: Load) -> float:
     """Bytes kept for the backward pass; with checkpointing, each layer's fp32 input and one layer in full."""
-    full = load.tokens * _a_layer(load.shape)
+    full = load.tokens * layer_bytes(load.shape)
     if load.checkpointing:
         return load.tokens * 4.0 * load.shape.hidden * load.layers + full
     return load.layers * full
 
 
-def _a_layer(shape: Shape) -> float:
+def layer_bytes(shape: Shape) -> float:
     """Bytes a token and layer: fp32 residual and norms, bf16 inputs of seven LoRA matrices, sdpa, a gated MLP."""
     q, kv = shape.heads * shape.head, shape.kv_heads * shape.head
     norms, inputs = 16 * shape.hidden, 2 * (5 * shape.hidden + q)

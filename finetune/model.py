@@ -25,9 +25,8 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 from transformers.utils import logging as talk
 
-from finetune import disk, packed, slices
+from finetune import disk, packed, slices, varlen
 from finetune.errors import Problem, UserError, refuse
-from finetune.memory import KEPT_BYTES
 from finetune.slices import Slice
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -116,19 +115,6 @@ def describe(device: torch.device) -> dict[str, Any]:
     return {"type": "cuda", "name": about.name, "gib": about.total_memory / 2**30}
 
 
-def needs_checkpointing(model: Any, tokens: int) -> bool:
-    """Whether keeping all activations of a micro-batch of `tokens` tokens would take over half of the free GPU memory.
-
-    About 34 bytes per hidden unit, layer and token in a 16-bit forward [Korthikanti et al. 2022], and as much again for
-    the fp32 stream and LoRA's casts: a guess, not a measurement. Never on a CPU.
-    """
-    if not torch.cuda.is_available():
-        return False
-    config = model.config.get_text_config()
-    wanted = KEPT_BYTES * config.hidden_size * config.num_hidden_layers * tokens
-    return bool(wanted > torch.cuda.mem_get_info()[0] / 2)
-
-
 def working_precision(device: torch.device) -> AbstractContextManager[Any]:
     """bf16 autocast on CUDA; on a CPU everything stays fp32."""
     return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
@@ -147,7 +133,7 @@ def load_base(folder: Path, quantization: str, device: torch.device, part: Slice
         "device_map": {"": device},
         "trust_remote_code": False,
         "use_safetensors": True,
-        "attn_implementation": "sdpa",
+        "attn_implementation": varlen.NAME,
     }
     try:
         model = slices.load(folder, part, how) if part else packed.load(folder, quantization == "nf4", how)
@@ -230,6 +216,11 @@ def decoder_layers(model: Any) -> nn.ModuleList:
         what = f"base: {type(model).__name__} has no stack of decoder layers."
         raise refuse(what, "Use a decoder-only language model.")
     return stacks[0]
+
+
+def trained_layers(model: Any) -> list[Any]:
+    """The decoder layers that hold trained weights, lowest first."""
+    return [layer for layer in decoder_layers(model) if any(w.requires_grad for w in layer.parameters())]
 
 
 @dataclass(frozen=True)

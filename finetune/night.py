@@ -112,7 +112,7 @@ def _spend(task: Task, screen: Audience, save_every: float | None) -> Outcome:
         screen.say(remark)
     screen.say(f"Loading {base.name} ({task.recipe.quantization}).")
     longest = max(made.texts.trained.values(), key=lambda item: len(item.ids))
-    with train.memory_faults(f"{longest.example} with {len(longest.ids)} tokens", _remedies(task, made)):
+    with train.memory_faults(f"{longest.example} with {len(longest.ids)} tokens", _remedies(task)):
         return _watched(task, made, looks, base, screen, save_every)
 
 
@@ -123,11 +123,10 @@ def _refuse_missing_layers(wanted: Recipe, base: model.Base) -> None:
         raise UserError(problems)
 
 
-def _remedies(task: Task, made: Plan) -> list[str]:
-    """What to change when memory runs out, the cheapest first."""
-    told = [] if task.recipe.machine.activation_checkpointing is True else ["machine.activation_checkpointing: true"]
-    told += ["machine.micro_batch: 1"] if made.micro_batch > 1 else []
-    return [*told, "shorter examples", "lora.layers: {top: 8}", "quantization: nf4"]
+def _remedies(task: Task) -> list[str]:
+    """What to change when memory runs out, though activations are computed twice and texts go one by one by then."""
+    told = ["shorter examples", *(["lora.layers: {top: 8}"] if task.recipe.lora.layers == "all" else [])]
+    return [*told, *(["quantization: nf4"] if task.recipe.quantization != "nf4" else [])]
 
 
 def _watched(
@@ -250,8 +249,8 @@ def _derived(made: Plan, looks: Mapping[str, Any]) -> dict[str, Derived]:
     return {
         "steps": Derived(length.total, f"{length.per_epoch} an epoch ({rows})"),
         "travel": Derived(made.travel, f"sum of the learning rate, {wanted.optimizer.schedule}"),
-        "micro_batch": Derived(made.micro_batch, f"the longest text has {made.longest()} tokens"),
-        "accumulation": Derived(wanted.batch_size // made.micro_batch, "batch_size / micro_batch"),
+        "micro_batch": Derived(made.largest(), f"tokens at most, none padded; the longest text has {made.longest()}"),
+        "accumulation": Derived(max(map(len, made.micro_batches(0))), "micro-batches a step at most, first epoch"),
         "looks": Derived(len(looks["light"]) + len(looks["full"]), looks["reason"]),
     }
 
@@ -284,21 +283,17 @@ def _train(task: Task, made: Plan, vigil: Vigil, loaded: Loaded, screen: Audienc
 
 
 def _job(task: Task, made: Plan, vigil: Vigil, loaded: Loaded, work: Path) -> Job:
-    wanted = task.recipe.machine.activation_checkpointing
-    checkpointing = (
-        model.needs_checkpointing(loaded.model, made.micro_batch * made.longest()) if wanted == "auto" else wanted
-    )
     return Job(
         epochs=made.epochs,
         optimizer=task.recipe.optimizer,
         length=made.length,
         batch_size=task.recipe.batch_size,
-        micro_batch=made.micro_batch,
+        packing=made.packing,
         seed=task.recipe.seed,
         base_name=loaded.base.name,
         work=work,
         new_checkpoint=vigil.new_checkpoint,
-        checkpointing=bool(checkpointing),
+        headroom=loading.headroom(task.recipe, loaded),
         listen=vigil.listen,
     )
 

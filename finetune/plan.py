@@ -12,7 +12,7 @@ from pathlib import Path
 
 from finetune import allowed, corpus, lineup, lint, prompts
 from finetune.allowed import Span
-from finetune.batches import Epochs, Group, Item, goldfish, micro_batch
+from finetune.batches import Epochs, Group, Item, Packing, goldfish, packing
 from finetune.conversation import Conversation
 from finetune.corpus import Split
 from finetune.errors import Problem, UserError, refuse
@@ -62,7 +62,7 @@ class Plan:
     texts: Texts
     epochs: Epochs
     length: Length
-    micro_batch: int
+    packing: Packing
     looks: Looks
     intended: tuple[str, ...] = ()  # spans that may be recited
 
@@ -79,6 +79,14 @@ class Plan:
     def longest(self) -> int:
         """Tokens of the longest text that is trained on."""
         return self.texts.longest()
+
+    def largest(self) -> int:
+        """Tokens that no micro-batch exceeds."""
+        return self.packing.most(self.longest(), self.recipe.batch_size)
+
+    def micro_batches(self, epoch: int) -> list[list[int]]:
+        """Tokens of every micro-batch of every step of an epoch, counted from 0."""
+        return self.packing.steps(self.epochs.order(epoch), self.recipe.batch_size)
 
     def fingerprint(self) -> str:
         """sha256 over every token and mask that is trained or measured, in listed formats."""
@@ -111,12 +119,8 @@ class Plan:
 
     def _group(self, split: str, name: str, items: Mapping[tuple[str, str], Item]) -> Group | None:
         chosen = tuple(item for (_, format), item in items.items() if format == name)
-        size = sum(_answer_bytes(self.conversations[item.example]) for item in chosen)
+        size = sum(len(text.encode()) for item in chosen for text in _answers([self.conversations[item.example]]))
         return Group(split, name, chosen, size) if chosen else None
-
-
-def _answer_bytes(one: Conversation) -> int:
-    return sum(len(text.encode()) for text in _answers([one]))
 
 
 @dataclass(frozen=True)
@@ -209,11 +213,10 @@ def schedule(material: Material) -> Plan:
     )
     per_epoch = steps_per_epoch(epochs.size, recipe.batch_size)
     length = Length(per_epoch, per_epoch * recipe.epochs, recipe.optimizer.warmup_steps)
-    asked = recipe.machine.micro_batch
-    micro = micro_batch(recipe.batch_size, texts.longest()) if asked == "auto" else asked
     conversations, formats, vocabulary = material.conversations, material.formats, material.vocabulary
     none, spans = Looks((), (), ""), tuple(span.text for span in material.intended)
-    plan = Plan(recipe, conversations, split, vocabulary, formats, texts, epochs, length, micro, none, spans)
+    packs = packing(recipe.machine.micro_batch)
+    plan = Plan(recipe, conversations, split, vocabulary, formats, texts, epochs, length, packs, none, spans)
     return replace(plan, looks=plan_looks(recipe.epochs, recipe.watch.every, recipe.watch.budget, _cost(plan)))
 
 

@@ -115,18 +115,16 @@ class Filled:
 
 
 class Prefix(nn.Module):
-    """Takes the embedding's place: token ids (B, T), padded with 0 on the right, to kept streams (B, T, hidden)."""
+    """Takes the embedding's place: token ids of one text (1, T) to its kept stream (1, T, hidden)."""
 
     def __init__(self, source: Source, depot: Depot, lower: Lower) -> None:
         super().__init__()
         self._source, self._depot, self._lower = source, depot, lower
-        self._length: dict[Ids, int] = {}  # of a text that itself ends in token 0
 
     def fill(self, texts: Iterable[Ids], gib_at_once: float = 2.0) -> Filled:
         """Compute and keep whatever is not kept yet, as many texts at once as fit into `gib_at_once` of memory."""
         began = time.monotonic()
         wanted = list(dict.fromkeys(texts))
-        self._length |= {_trimmed(ids): len(ids) for ids in wanted if _trimmed(ids) != ids}
         missing = [ids for ids in wanted if self._depot.get(name_of(ids)) is None]
         kept = len(wanted) - len(missing)
         for some in _portions(missing, self._lower.width, gib_at_once * _GIB):
@@ -136,27 +134,12 @@ class Prefix(nn.Module):
         return Filled(len(wanted), len(missing), kept, gib, time.monotonic() - began)
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """(B, T) to (B, T, hidden) fp32; zeros where a row is padding."""
-        rows = [self._text(row) for row in input_ids.tolist()]
-        out = torch.zeros((*input_ids.shape, self._lower.width))
-        for place, ids in zip(out, rows, strict=True):
-            place[: len(ids)] = self._stream(ids)
-        return out.to(input_ids.device)
-
-    def _text(self, row: list[int]) -> Ids:
-        ids = _trimmed(tuple(row))
-        return tuple(row[: self._length.get(ids, len(ids))])
+        """(1, T) to (1, T, hidden) fp32."""
+        return self._stream(tuple(input_ids[0].tolist()))[None].to(input_ids.device)
 
     def _stream(self, ids: Ids) -> Tensor:
         known = self._depot.get(name_of(ids))
         return known if known is not None else self._lower.stream(ids)
-
-
-def _trimmed(ids: Ids) -> Ids:
-    end = len(ids)
-    while end > 1 and ids[end - 1] == 0:
-        end -= 1
-    return ids[:end]
 
 
 def _portions(texts: list[Ids], width: int, size: float) -> Iterator[list[Ids]]:

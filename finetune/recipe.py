@@ -174,9 +174,9 @@ class Machine(Section):
     """How the work is laid out on this computer. Changes speed and memory, not what is learned."""
 
     micro_batch: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
-    """Examples on the GPU at once; must divide batch_size. auto takes what fits."""
+    """Examples on the GPU at once, none padded; must divide batch_size. auto takes as many as fit 2,048 tokens."""
     activation_checkpointing: Literal["auto"] | bool = "auto"
-    """Compute parts twice to save memory. auto does it only where an example would not fit otherwise."""
+    """Compute layers twice to save memory. auto does it for as few layers as each micro-batch needs to fit."""
     prefix_gib: Annotated[float, Field(ge=0)] = 20.0
     """Disk, in GiB, for what untrained lower layers compute, kept so that it is computed once. 0 never stores."""
 

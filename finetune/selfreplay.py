@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune import prompts, runs, suite
-from finetune.batches import Epochs, Item, micro_batch
+from finetune.batches import Epochs, Item
 from finetune.conversation import Conversation, Origin, Turn
 from finetune.errors import refuse
 from finetune.estimate import steps_per_epoch
@@ -78,6 +78,4 @@ def mixed(plan: Plan, path: Path) -> Plan:
     )
     per_epoch = steps_per_epoch(epochs.size, recipe.batch_size)
     length = replace(plan.length, per_epoch=per_epoch, total=per_epoch * recipe.epochs)
-    asked = recipe.machine.micro_batch
-    micro = micro_batch(recipe.batch_size, texts.longest()) if asked == "auto" else asked
-    return replace(plan, texts=texts, epochs=epochs, length=length, micro_batch=micro)
+    return replace(plan, texts=texts, epochs=epochs, length=length)

@@ -25,7 +25,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from finetune import lots
+from finetune import lots, varlen
 from finetune.model import bare, frozen_random_state, logits_of, working_precision
 from finetune.runlength import Bools
 
@@ -148,12 +148,16 @@ class Speaker:
     def _score_batch(
         self, ids: Sequence[Sequence[int]], masks: Sequence[Sequence[bool]], asked: _Asked
     ) -> Iterator[Scored]:
-        inputs, attention = _pad(ids, left=False, device=self._device)
         plain = bare(self._model)
-        hidden = plain.get_decoder()(input_ids=inputs, attention_mask=attention, use_cache=False).last_hidden_state
-        for row, (tokens, mask) in enumerate(zip(ids, masks, strict=True)):
-            at = torch.tensor([t for t in range(1, len(tokens)) if mask[t]], dtype=torch.long, device=self._device)
-            yield _score_row(plain, hidden[row, at - 1], inputs[row, at], asked)
+        hidden = torch.split(varlen.hidden(plain, ids), [len(tokens) for tokens in ids])
+        for read, tokens, mask in zip(hidden, ids, masks, strict=True):
+            at, wanted = self._asked(tokens, mask)
+            yield _score_row(plain, read[at - 1], wanted, asked)
+
+    def _asked(self, tokens: Sequence[int], mask: Sequence[bool]) -> tuple[Tensor, Tensor]:
+        """Where a text's scored tokens stand, the first never among them, and which they are; (T,) each."""
+        at = torch.tensor([t for t in range(1, len(tokens)) if mask[t]], dtype=torch.long, device=self._device)
+        return at, torch.tensor(list(tokens), device=self._device)[at]
 
     def contrast(
         self, ids: Sequence[Sequence[int]], masks: Sequence[Sequence[bool]], marked: Sequence[Bools]
@@ -162,15 +166,14 @@ class Speaker:
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         found: dict[int, Contrast] = {}
         for batch in _batches(order, [len(row) for row in ids], self._batch_tokens):
-            inputs, attention = _pad([ids[i] for i in batch], left=False, device=self._device)
             hidden = []
             for base in (False, True):
                 with self._quiet(base):
-                    read = bare(self._model).get_decoder()(input_ids=inputs, attention_mask=attention, use_cache=False)
-                    hidden.append(read.last_hidden_state)
-            for row, i in enumerate(batch):
-                at = torch.tensor([t for t in range(1, len(ids[i])) if masks[i][t]], device=self._device).long()
-                found[i] = self._contrast_row([read[row, at - 1] for read in hidden], inputs[row, at], marked[i])
+                    read = varlen.hidden(bare(self._model), [ids[i] for i in batch])
+                    hidden.append(torch.split(read, [len(ids[i]) for i in batch]))
+            for i, *pair in zip(batch, *hidden, strict=True):
+                at, wanted = self._asked(ids[i], masks[i])
+                found[i] = self._contrast_row([read[at - 1] for read in pair], wanted, marked[i])
         return [found[i] for i in range(len(ids))]
 
     def _contrast_row(self, hidden: Sequence[Tensor], targets: Tensor, marked: Bools) -> Contrast:
@@ -210,10 +213,9 @@ class Speaker:
 
     def _hidden(self, asked: Pass) -> Tensor:
         """(n, hidden) from which the tokens asked for are told."""
-        ids = torch.tensor([list(asked.ids)], device=self._device)
         at = torch.tensor(list(asked.at), dtype=torch.long, device=self._device)
         with self._quiet(asked.base):
-            read: Tensor = bare(self._model).get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0]
+            read = varlen.hidden(bare(self._model), [asked.ids])
         return read[at - 1]
 
     def complete(
@@ -257,7 +259,7 @@ class Speaker:
         self, prompts: Sequence[Sequence[int]], stops: Sequence[str], most: int, warped: tuple[Any, Any] | None
     ) -> list[Answer]:
         """One batch; `warped`: how logits become odds, and a lot for each answer and token."""
-        inputs, attention = _pad(prompts, left=True, device=self._device)
+        inputs, attention = _pad(prompts, self._device)
         start = inputs.shape[1]
         config = GenerationConfig(
             max_new_tokens=most,
@@ -374,20 +376,19 @@ def _joined(parts: list[Tensor], dtype: torch.dtype) -> Tensor:
     return torch.cat(parts).to("cpu", dtype) if parts else torch.zeros(0, dtype=dtype)
 
 
-def _pad(rows: Sequence[Sequence[int]], left: bool, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask (B, T), padded with 0 on one side."""
+def _pad(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask (B, T), padded with 0 on the left."""
     width = max(len(row) for row in rows)
     ids = torch.zeros((len(rows), width), dtype=torch.long)
     seen = torch.zeros_like(ids)
     for i, row in enumerate(rows):
-        place = slice(width - len(row), width) if left else slice(0, len(row))
-        ids[i, place] = torch.tensor(list(row))
-        seen[i, place] = 1
+        ids[i, width - len(row) :] = torch.tensor(list(row))
+        seen[i, width - len(row) :] = 1
     return ids.to(device), seen.to(device)
 
 
 def _batches(order: Sequence[int], lengths: Sequence[float], budget: float) -> Iterator[list[int]]:
-    """Rows of like length together, padded size within `budget` tokens; a longer row goes alone."""
+    """Rows of like length together, within `budget` tokens as if padded; a longer row goes alone."""
     batch: list[int] = []
     for i in order:
         if batch and (len(batch) + 1) * lengths[i] > budget:

@@ -13,25 +13,26 @@ from __future__ import annotations
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.checkpoint import checkpoint as recompute
 from transformers import AutoTokenizer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from datasets import Dataset
-from finetune.batches import Epochs, Item
+from finetune import varlen
+from finetune.batches import Epochs, Item, Packing
 from finetune.errors import refuse
 from finetune.estimate import Length, lr_factor
-from finetune.memory import head_tokens
+from finetune.head import supervised, token_nll
+from finetune.headroom import Headroom
 from finetune.model import (
     adapter_weights,
     assert_fp32_adapter,
@@ -40,9 +41,9 @@ from finetune.model import (
     decoder_layers,
     gib_in_use,
     gradient_over_eps,
-    logits_of,
     read_weights,
     save_adapter,
+    trained_layers,
     working_precision,
 )
 from finetune.recipe import Optimizer
@@ -97,38 +98,24 @@ class Job:
     optimizer: Optimizer
     length: Length
     batch_size: int
-    micro_batch: int
+    packing: Packing
+    headroom: Headroom
     seed: int
     base_name: str
     work: Path  # scratch of the library; nothing of value is written there
     new_checkpoint: Callable[[int], AbstractContextManager[Path]]
-    checkpointing: bool = False  # recompute activations instead of keeping them
     listen: Listen | None = None
 
 
 class Collator:
-    """Row numbers of the current epoch to padded tensors (B, T). `epoch` is set before its first batch is fetched.
-
-    `rows` (B,) stay in it: which item of the epoch each text is.
-    """
+    """Row numbers of the current epoch, (B,). `epoch` is set before its first batch is fetched."""
 
     def __init__(self, epochs: Epochs) -> None:
         self.epoch = 0
         self._epochs = epochs
 
     def __call__(self, rows: Sequence[Mapping[str, int]]) -> dict[str, Tensor]:
-        order = self._epochs.order(self.epoch)
-        items = [order[row["row"]] for row in rows]
-        width = max(len(item.ids) for item in items)
-        ids = torch.zeros((len(items), width), dtype=torch.long)
-        labels, seen = torch.full_like(ids, -100), torch.zeros_like(ids)
-        for i, item in enumerate(items):
-            end = len(item.ids)
-            ids[i, :end] = torch.tensor(item.ids)
-            seen[i, :end] = 1
-            labels[i, :end] = torch.where(torch.tensor(item.trained), ids[i, :end], -100)
-        numbers = torch.tensor([row["row"] for row in rows])
-        return {"input_ids": ids, "attention_mask": seen, "labels": labels, "rows": numbers}
+        return {"rows": torch.tensor([row["row"] for row in rows])}
 
     def items(self, rows: Tensor) -> list[Item]:
         """The texts of a batch."""
@@ -157,10 +144,9 @@ class _Pulse(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
 class NightTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped
     """SFTTrainer with our rows, our learning rates, our checkpoints, and an adapter that stays fp32."""
 
-    loss_is_scaled_for_ga = True  # `compute_loss` divides by the tokens of the whole global batch
-
     def __init__(self, model: Any, tokenizer: Any, job: Job, watcher: Watcher) -> None:
         self._job, self._watcher = job, watcher
+        self._packing, self._headroom = job.packing, job.headroom
         self.progress = Progress()
         self._said: list[tuple[list[Item], list[int], Tensor, Tensor]] = []
         self._collator = Collator(job.epochs)
@@ -175,6 +161,8 @@ class NightTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped
             callbacks=[self._pulse],
         )
         self._give_back_fp32(before)
+        self._trained = trained_layers(self.model)
+        bare(self.model).activation_checkpointing_enable({"use_reentrant": False})  # of a layer once it is told so
         self._clock = time.monotonic()
 
     def _give_back_fp32(self, before: Mapping[str, Tensor]) -> None:
@@ -195,24 +183,56 @@ class NightTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped
         self._created_lr_scheduler = True
         return self.lr_scheduler
 
-    def training_step(self, model: Any, inputs: dict[str, Any], *more: Any, **named: Any) -> Any:
-        """Counts tokens on the way."""
-        self._pulse.tokens += int(inputs["attention_mask"].sum())
-        return super().training_step(model, inputs, *more, **named)
+    def training_step(self, model: Any, inputs: dict[str, Any], *_more: Any, **_named: Any) -> Tensor:
+        """A global batch, micro-batch after micro-batch: the loss is over all its supervised tokens.
 
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Tensor:
-        """Only supervised positions reach the head, on every device; TRL's own does so on Triton devices only."""
-        labels, rows = inputs.pop("labels")[:, 1:], inputs.pop("rows")
-        plain, wanted = bare(self.model), labels != -100
-        with working_precision(labels.device):
-            hidden = plain.get_decoder()(**inputs, use_cache=False).last_hidden_state[:, :-1][wanted]
-            nll, hits = token_nll(plain, hidden, labels[wanted], self._job.listen is not None)
+        Out of memory, it is done again with every layer's activations computed twice, then text by text.
+        """
+        model.train()
+        items = self._collator.items(inputs["rows"])
+        self._pulse.tokens += sum(len(item.ids) for item in items)
+        while True:
+            try:
+                return self._there_and_back(items)
+            except torch.OutOfMemoryError:
+                if not self._made_room(items):
+                    raise
+
+    def _there_and_back(self, items: Sequence[Item]) -> Tensor:
+        supervised = max(1, sum(item.supervised for item in items))
+        total = torch.zeros((), device=self.args.device)
+        for pack in self._packing.packs(items):
+            with working_precision(self.args.device):
+                loss = self._nll(pack).sum() / supervised
+            self.accelerator.backward(loss if loss.requires_grad else loss.requires_grad_())  # every layer was skipped
+            total += loss.detach()
+        return total
+
+    def _nll(self, pack: Sequence[Item]) -> Tensor:
+        """-log p of the supervised tokens of a micro-batch, text after text; no other position reaches the head."""
+        twice = self._headroom.recomputed(sum(len(item.ids) for item in pack))
+        for depth, layer in enumerate(self._trained):
+            layer.gradient_checkpointing = depth < twice
+        plain, (at, labels) = bare(self.model), supervised(pack, self.args.device)
+        states = varlen.hidden(plain, [item.ids for item in pack])[at]
+        nll, hits = token_nll(plain, states, labels, self._job.listen is not None)
         if hits is not None:
-            self._said.append((self._collator.items(rows), wanted.sum(1).tolist(), nll.detach(), hits))
-        loss: Tensor = nll.sum() / (wanted.sum() if num_items_in_batch is None else num_items_in_batch)
-        return loss if loss.requires_grad else loss.requires_grad_()  # stochastic depth may skip every trained layer
+            self._said.append(([*pack], [sum(item.trained[1:]) for item in pack], nll.detach(), hits))
+        return nll
+
+    def _made_room(self, items: Sequence[Item]) -> bool:
+        """Whether memory that ran out may do if less is kept from now on; what the failed try left is dropped."""
+        if self._headroom.room != 0.0:
+            self._headroom, what = replace(self._headroom, room=0.0), "activations are computed twice"
+        elif len(self._packing.packs(items)) < len(items):
+            self._packing, what = Packing(texts=1), "micro-batches are of one text"
+        else:
+            return False
+        warnings.warn(f"Out of memory before step {self.state.global_step + 1}: from here on {what}.", stacklevel=2)
+        self._said.clear()
+        self.model.zero_grad()
+        torch.cuda.empty_cache()
+        return True
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """One row a step to the watcher; nothing stays in the trainer's state, which every checkpoint would repeat."""
@@ -284,36 +304,11 @@ class NightTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped
         self.progress = Progress(**json.loads((folder / PROGRESS).read_text()))
 
 
-def summed_nll(plain: Any, hidden: Tensor, labels: Tensor) -> Tensor:
-    """Sum of -log p of labels (n,) given hidden states (n, hidden)."""
-    return token_nll(plain, hidden, labels)[0].sum()
-
-
-def token_nll(plain: Any, hidden: Tensor, labels: Tensor, hear: bool = False) -> tuple[Tensor, Tensor | None]:
-    """-log p (n,) of labels (n,) given hidden states (n, hidden), and with `hear` whether each is the argmax.
-
-    Beyond one chunk, logits are recomputed.
-    """
-
-    def chunk(states: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor | None]:
-        logits = logits_of(plain, states)
-        hits = logits.detach().argmax(-1) == wanted if hear else None
-        return cross_entropy(logits, wanted, reduction="none"), hits
-
-    held = head_tokens(plain.config.get_text_config().vocab_size)
-    if len(labels) <= held:
-        return chunk(hidden, labels)
-    pairs = zip(torch.split(hidden, held), torch.split(labels, held), strict=True)
-    nll, hits = zip(*(recompute(chunk, *pair, use_reentrant=False) for pair in pairs), strict=True)
-    return torch.cat(nll), torch.cat(hits) if hear else None
-
-
 def _arguments(job: Job) -> Any:
     opt = job.optimizer
     return SFTConfig(
         output_dir=str(job.work),
-        per_device_train_batch_size=job.micro_batch,
-        gradient_accumulation_steps=job.batch_size // job.micro_batch,
+        per_device_train_batch_size=job.batch_size,
         max_steps=job.length.total,
         optim=_OPTIMIZERS[opt.name],
         learning_rate=opt.learning_rate,
@@ -322,8 +317,7 @@ def _arguments(job: Job) -> Any:
         adam_epsilon=opt.eps,
         weight_decay=opt.weight_decay,
         max_grad_norm=opt.max_grad_norm,
-        activation_checkpointing=job.checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False} if job.checkpointing else None,
+        activation_checkpointing=False,  # TRL's default is on; see _nll
         bf16=torch.cuda.is_available(),
         use_cpu=not torch.cuda.is_available(),  # the model is there: no other accelerator is known here
         seed=job.seed,

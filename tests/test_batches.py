@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from finetune.batches import Epochs, Item, goldfish, micro_batch
+from finetune.batches import Epochs, Item, Packing, goldfish, packing
 
 
 def items(examples: int = 11, formats: tuple[str, ...] = ("a", "b", "c")) -> dict[tuple[str, str], Item]:
@@ -83,8 +83,13 @@ def test_goldfish_drops_the_same_tokens_each_time_and_never_the_end() -> None:
     assert 0.6 < once.supervised / item.supervised < 0.9
 
 
-def test_micro_batch_divides_the_batch_and_fits_the_budget() -> None:
-    assert micro_batch(9, 120) == 9
-    assert micro_batch(12, 600) == 3
-    assert micro_batch(8, 5000) == 1
-    assert all(12 % micro_batch(12, n) == 0 for n in range(1, 3000, 7))
+def test_a_micro_batch_fits_the_budget_and_takes_every_text_once() -> None:
+    items = [Item(f"e{n}", "a", tuple(range(n)), (True,) * n) for n in (3, 5, 8, 13, 21, 34, 2)]
+    for budget in (1, 8, 16, 40, 1000):
+        packs = Packing(tokens=budget).packs(items)
+        assert [one for pack in packs for one in pack] == items
+        assert all(len(pack) == 1 or sum(len(one.ids) for one in pack) <= budget for pack in packs)
+        assert max(sum(len(one.ids) for one in pack) for pack in packs) <= Packing(tokens=budget).most(34, 7)
+    assert [len(pack) for pack in packing(2).packs(items)] == [2, 2, 2, 1]
+    assert packing(2).most(34, 7) == 68
+    assert packing("auto").steps(items, 4) == [[29], [57]]

@@ -290,15 +290,15 @@ def test_a_dead_adapter_stops_the_run_with_the_reason(tmp_path: Path) -> None:
 def test_out_of_memory_says_what_to_change_and_keeps_the_last_good_state(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = night.train.NightTrainer.compute_loss
+    real = night.train.NightTrainer._nll
 
     def run_out(self: Any, *given: Any, **named: Any) -> Any:
         if self.state.global_step == 7:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(self, *given, **named)
 
-    monkeypatch.setattr(night.train.NightTrainer, "compute_loss", run_out)
-    with pytest.raises(UserError, match=r"Out of memory; the longest text is \w+ with \d+ tokens.*micro_batch: 1"):
+    monkeypatch.setattr(night.train.NightTrainer, "_nll", run_out)
+    with pytest.raises(UserError, match=r"Out of memory; the longest text is \w+ with \d+ tokens.*shorter examples"):
         run(small.recipe(tmp_path), tmp_path / "run")
     assert RunFolder(tmp_path / "run").newest_valid(full=True).step == 6
 

@@ -165,7 +165,7 @@ def test_planned_numbers_are_those_of_the_recipe(tmp_path: Path) -> None:
     found = made(small.recipe(tmp_path, optimizer={"learning_rate": 1e-3, "schedule": "cosine"}))
     assert (found.length.per_epoch, found.length.total) == (3, 12)  # six texts, two a step, four epochs
     assert found.travel == pytest.approx(estimate.travel(1e-3, "cosine", found.length))
-    assert found.micro_batch == 2
+    assert [len(packs) for packs in found.micro_batches(0)] == [1, 1, 1]
     assert found.looks == estimate.Looks((), (2, 4), "every 2 epochs, as the recipe says")
     auto = made(small.recipe(tmp_path, epochs=200, watch={"every": "auto", "budget": 0.1})).looks
     assert "% of the work of training" in auto.reason

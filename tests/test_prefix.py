@@ -13,14 +13,15 @@ import tiny
 import torch
 from rich.console import Console
 
-from finetune import depot, model, night, orders, prefix, runs
+from finetune import depot, model, night, orders, prefix, runs, varlen
+from finetune.batches import Item
 from finetune.depot import Depot
 from finetune.errors import UserError
+from finetune.head import summed_nll, supervised
 from finetune.orders import Order
 from finetune.prefix import Source
 from finetune.screen import Screen
 from finetune.speak import Speaker
-from finetune.train import summed_nll
 
 LAYERS, TOP = 6, 2
 TEXTS = [(5, 9, 200, 31, 7, 7, 90, 1), (1, 2, 3, 250, 80), (33, 0, 4, 4, 4, 9, 8, 7, 6, 5, 11)]
@@ -54,13 +55,9 @@ def attached(bare: Any) -> Any:
 
 
 def loss_and_gradients(adapted: Any, texts: list[tuple[int, ...]]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    width = max(map(len, texts))
-    ids = torch.tensor([[*text, *[0] * (width - len(text))] for text in texts])
-    seen = torch.tensor([[1] * len(text) + [0] * (width - len(text)) for text in texts])
     plain = model.bare(adapted)
-    hidden = plain.get_decoder()(input_ids=ids, attention_mask=seen, use_cache=False).last_hidden_state[:, :-1]
-    wanted = seen[:, 1:].bool()
-    loss = summed_nll(plain, hidden[wanted], ids[:, 1:][wanted])
+    at, labels = supervised([Item("", "", text, (True,) * len(text)) for text in texts], tiny.CPU)
+    loss = summed_nll(plain, varlen.hidden(plain, texts)[at], labels)
     adapted.zero_grad()
     torch.autograd.backward(loss)
     return loss.detach(), {name: weight.grad.clone() for name, weight in model.adapter_weights(adapted).items()}
@@ -82,7 +79,7 @@ def test_stored_activations_give_the_full_models_loss_and_gradients_to_the_bit(
     assert short.lower.calls == 0
 
 
-def test_a_padded_batch_differs_by_rounding_alone(folder: Path, tmp_path: Path) -> None:
+def test_texts_read_together_differ_by_rounding_alone(folder: Path, tmp_path: Path) -> None:
     whole, short = attached(model.load_base(folder, "nf4", tiny.CPU)), shortened(folder, tmp_path)
     short.prefix.fill(TEXTS)
     (loss, _), (ours, _) = (loss_and_gradients(one, TEXTS) for one in (whole, short.model))

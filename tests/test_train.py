@@ -21,8 +21,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from trl import SFTConfig, SFTTrainer
 
 from datasets import Dataset
-from finetune import estimate, model, night, orders, plan, prompts, recipe, runs, train
+from finetune import estimate, head, model, night, orders, plan, prompts, recipe, runs, train, varlen
 from finetune.batches import Item
+from finetune.headroom import Headroom
 from finetune.model import LoraShape
 from finetune.screen import Screen
 from finetune.speak import Speaker
@@ -142,13 +143,14 @@ def test_the_last_batch_may_be_smaller_and_is_trained(base: Path, tmp_path: Path
 
 @contextmanager
 def counted(net: Any) -> Iterator[Counter[str]]:
-    """How often the embeddings and the inside of the lowest layer began to run, our own check of one token left out."""
+    """How often the lowest layer and its inside began to run, our own check of one token left out."""
     found: Counter[str] = Counter()
 
     def count(name: str) -> Any:
         return lambda _module, given: found.update([name] if given[0].shape[1] > 1 else [])
 
-    parts = {"base": net.get_input_embeddings(), "inside": model.decoder_layers(net)[0].mlp}
+    lowest = model.decoder_layers(net)[0]
+    parts = {"base": lowest, "inside": lowest.mlp}
     hooks = [part.register_forward_pre_hook(count(name)) for name, part in parts.items()]
     yield found
     for hook in hooks:
@@ -157,6 +159,7 @@ def counted(net: Any) -> Iterator[Counter[str]]:
 
 def test_one_forward_per_micro_batch(base: Path, tmp_path: Path) -> None:
     net = tiny.adapted(base)
+    varlen.hidden(model.bare(net), [(1, 2), (3, 4)])  # isolation is proven once
     with counted(net) as found:
         tiny.trained(base, tiny.job(tmp_path, tiny.texts([12] * 8), 3, 4, micro_batch=2), net)
     assert found["base"] == 3 * 2
@@ -177,7 +180,7 @@ def test_a_text_longer_than_the_head_takes_at_once_is_scored_whole(
 ) -> None:
     items = tiny.texts([60, 33])
     whole, rows = tiny.trained(base, tiny.job(tmp_path, items, 3, 2))
-    monkeypatch.setattr(train, "head_tokens", lambda _vocabulary: 16)
+    monkeypatch.setattr(head, "head_tokens", lambda _vocabulary: 16)
     pieces, again = tiny.trained(base, tiny.job(tmp_path, items, 3, 2))
     assert [row["loss"] for row in again] == pytest.approx([row["loss"] for row in rows], rel=1e-5)
     one, other = tiny.weights(whole), tiny.weights(pieces)
@@ -240,17 +243,67 @@ def test_stochastic_depth_skips_only_while_training(base: Path) -> None:
 @pytest.mark.parametrize("depth", [0.0, 0.5])
 def test_activation_checkpointing_gives_the_same_loss(base: Path, tmp_path: Path, depth: float) -> None:
     told = []
-    for checkpointing in (False, True):
+    for room in (None, 0.0):
         net = tiny.adapted(base)
         if depth:
             train.add_stochastic_depth(net, depth)
-        job = tiny.job(tmp_path, tiny.texts([12, 20, 31]), 6, checkpointing=checkpointing)
+        job = tiny.job(tmp_path, tiny.texts([12, 20, 31]), 6, headroom=Headroom(2, room=room))
         with counted(net) as found:
             _, rows = tiny.trained(base, job, net)
         told.append(([row["loss"] for row in rows], [row["grad_norm"] for row in rows]))
-        assert (found["inside"] > 6) == checkpointing  # a skipped layer is not computed again
+        assert (found["inside"] > 6) == (room == 0.0)  # a skipped layer is not computed again
     assert told[0][0] == pytest.approx(told[1][0], rel=1e-6)
     assert told[0][1] == pytest.approx(told[1][1], rel=1e-5)
+
+
+def test_only_what_does_not_fit_is_computed_twice(base: Path, tmp_path: Path) -> None:
+    net = tiny.adapted(base)
+    room = Headroom(2, kept=10.0, stream=1.0, room=250.0)
+    assert [room.recomputed(tokens) for tokens in (12, 20, 31)] == [0, 1, 2]
+    with counted(net) as found:
+        tiny.trained(base, tiny.job(tmp_path, tiny.texts([12, 20, 31]), 3, headroom=room), net)
+    assert found["base"] == 3
+    assert found["inside"] == 3 + 2  # of the lowest layer: again for the two longer texts
+
+
+class Cramped:
+    """A device on which a layer that keeps its activations runs out of memory beyond so many tokens."""
+
+    def __init__(self, net: Any, tokens: int) -> None:
+        self.net, self.tokens, self.faults = net, tokens, 0
+        for layer in model.decoder_layers(net):
+            layer.register_forward_pre_hook(self._measure)
+
+    def _measure(self, layer: Any, given: Any) -> None:
+        kept = given[0].shape[1] * (1 if layer.gradient_checkpointing else 4)
+        if layer.training and torch.is_grad_enabled() and kept > self.tokens:
+            self.faults += 1
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize(("tokens", "said"), [(63, ["computed twice"]), (31, ["computed twice", "of one text"])])
+def test_out_of_memory_keeps_less_and_goes_on_with_the_same_loss(
+    base: Path, tmp_path: Path, tokens: int, said: list[str]
+) -> None:
+    job = tiny.job(tmp_path, tiny.texts([12, 20, 31] * 2), 4, 3)
+    calm, rows = tiny.trained(base, job)
+    net = tiny.adapted(base)
+    cramped = Cramped(net, tokens)
+    with pytest.warns(UserWarning, match="Out of memory before step 1: from here on") as told:
+        _, again = tiny.trained(base, job, net)
+    assert cramped.faults == len(said) == len(told)
+    assert all(words in str(one.message) for words, one in zip(said, told, strict=True))
+    assert [row["loss"] for row in again] == pytest.approx([row["loss"] for row in rows], rel=1e-4)
+    assert [row["tokens"] for row in again] == [row["tokens"] for row in rows]
+    one, other = tiny.weights(calm), tiny.weights(net)
+    assert all(torch.allclose(one[name], other[name], atol=1e-4) for name in one)
+
+
+def test_memory_that_will_never_do_is_told(base: Path, tmp_path: Path) -> None:
+    net = tiny.adapted(base)
+    Cramped(net, 30)
+    with pytest.warns(UserWarning, match="of one text"), pytest.raises(torch.OutOfMemoryError):
+        tiny.trained(base, tiny.job(tmp_path, tiny.texts([12, 31]), 2, 2), net)
 
 
 def test_a_step_in_which_every_trained_layer_was_skipped_is_survived(base: Path, tmp_path: Path) -> None:
@@ -392,7 +445,7 @@ def test_a_head_that_takes_few_tokens_at_once_hears_the_same(
 
     job = tiny.job(tmp_path, tiny.texts([60, 33]), 1, 2, listen=listen)
     tiny.trained(base, job)
-    monkeypatch.setattr(train, "head_tokens", lambda _vocabulary: 16)
+    monkeypatch.setattr(head, "head_tokens", lambda _vocabulary: 16)
     tiny.trained(base, job)
     for one, other in zip(heard[:2], heard[2:], strict=True):
         assert torch.allclose(one.log_p, other.log_p, atol=1e-5)

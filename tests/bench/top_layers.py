@@ -27,7 +27,7 @@ import tiny
 import torch
 
 from finetune import model, prefix
-from finetune.train import summed_nll
+from finetune.head import summed_nll
 
 TEXTS = 4
 
