@@ -2,7 +2,8 @@
 
     .venv/bin/python tests/bench/drift_remedies.py [RECIPE] [FOLDER] [key=value ...]
 
-By default `recipes/quickstart.yaml`, a look every two epochs. The loss to meet is the highest of the lowest ones that
+By default `recipes/quickstart.yaml`, a look every two epochs. Also the price of training upper layers alone. The loss to
+meet is the highest of the lowest ones that
 the remedies reach, so that all of them have a look near it; how near is printed. Held-out: nats per token at the best
 temperature, against the base. Echo: 8-word windows of trained answers in excess. Transfer: gain in each held-out format
 as a share of the mean gain in trained ones, median and least. Runs are kept in FOLDER if one is named.
@@ -71,7 +72,8 @@ def remedies(text: Path) -> Iterator[tuple[str, list[str], Change]]:
         yield f"self-replay {share:.0%}", [f"regularise.self_replay={share}"], unchanged
     yield "LoRA dropout 0.1", ["lora.dropout=0.1"], unchanged
     yield "stochastic depth 0.2", ["regularise.stochastic_depth=0.2"], unchanged
-    yield "top 2 of 4 layers", ["lora.layers={top: 2}"], unchanged
+    for top in (2, 1):
+        yield f"top {top} of 4 layers", [f"lora.layers={{top: {top}}}"], unchanged
     yield "goldfish 4", ["regularise.goldfish=4"], unchanged
     yield "paraphrased prompts", [], asked_otherwise
 

@@ -104,8 +104,8 @@ def main() -> None:
         shares[kind(event)] += event.self_cpu_time_total / 1e6
     shares["Python and the rest"] = max(0.0, wall - sum(shares.values()))
     floor = (4 * frozen * tokens + 4 * hidden * VOCABULARY * tokens / 2) / rate(hidden, tokens)
-    print(f"{frozen / 1e9:.2f} B weights in the layers, {tokens} tokens: {plain:.2f} s a step ({wall:.2f} s while profiled)")
-    print(f"floor (4 FLOPs a weight and token, the head for half of them): {floor:.2f} s, {floor / plain:.0%} of the step")
+    print(f"{frozen / 1e9:.2f} B weights in the layers, {tokens} tokens: {plain:.2f} s, {wall:.2f} s while profiled")
+    print(f"floor, 4 FLOPs a weight and token, the head for half of them: {floor:.2f} s, {floor / plain:.0%}")
     for title, seconds in sorted(shares.items(), key=lambda pair: -pair[1]):
         print(f"{title:26}{seconds:8.2f} s{seconds / wall:8.1%}")
 

@@ -4,8 +4,10 @@
 
 LENGTHS and BATCHES are lists such as 128,256,512 and 1,4. A random Mistral of 99 M weights in 16 layers, NF4, rank 16
 on seven matrices, one thread, 16 rows of equal length. Steps are the median of all but the first; wall seconds hold
-imports, loading, stored activations and, for ours, looks. TRL trains all layers; with the upper ones alone the work is
-not the same, and the table says what the shortcut buys, not that losses agree.
+imports, loading, stored activations and, for ours, looks. GiB is the most the whole process ever held. TRL trains all
+layers; with the upper ones alone the work is not the same, and the table says what the shortcut buys, not that losses
+agree: those of all layers must, else the row is void. `floor`: 4 FLOPs for each weight below the head and token, at the
+rate of one fp32 product measured in the same run, as a share of the step. TRL with Liger and Unsloth need a GPU.
 """
 
 from __future__ import annotations
@@ -15,8 +17,10 @@ import os
 import random
 import re
 import statistics
+import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,12 +34,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import against_trl
 import tiny
 import torch
-from against_trl import HERE, timed
+from against_trl import HERE
 from transformers import MistralConfig, MistralForCausalLM
 
-from finetune import plan, recipe, runs
+from finetune import plan, recipe, runs, tables
 
 LAYERS, ROWS = 16, 16
+IN_LAYERS = LAYERS * (768 * (2 * 768 + 2 * 256) + 3 * 768 * 2048)  # weights of their matrices
 ARMS: tuple[tuple[str, int | None], ...] = (("all layers", None), ("top half", 8), ("top quarter", 4))
 
 
@@ -86,14 +91,41 @@ def our_recipe(folder: Path, model: Path, data: Path, top: int | None, batch: in
     return path
 
 
+def timed(command: list[str]) -> tuple[float, str, float]:
+    """Wall seconds, what it printed, and the most memory it held in GiB."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    with tempfile.TemporaryFile() as said:
+        began = time.monotonic()
+        child = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, env=env)
+        _, status, used = os.wait4(child.pid, 0)
+        wall = time.monotonic() - began
+        said.seek(0)
+        text = said.read().decode()
+    if status:
+        sys.exit(f"{' '.join(command)}\n{text[-4000:]}")
+    return wall, text, used.ru_maxrss / 2**20
+
+
+def flops() -> float:
+    """A second, of one fp32 product as large as those of the base; the median of nine."""
+    one, other = torch.randn(256, 768), torch.randn(768, 2048)
+    took = []
+    for _ in range(9):
+        began = time.perf_counter()
+        for _ in range(20):
+            one @ other
+        took.append((time.perf_counter() - began) / 20)
+    return 2 * 256 * 768 * 2048 / statistics.median(took)
+
+
 def ours(path: Path, run: Path) -> dict[str, Any]:
-    wall, _ = timed([str(HERE / ".venv/bin/sft"), "train", str(path), "--out", str(run)])
+    wall, _, gib = timed([sys.executable, "-m", "finetune", "train", str(path), "--out", str(run)])
     steps = [row for row in runs.read_lines(run / "metrics.jsonl") if row["kind"] == "step"]
     return {
         "wall": wall,
         "first": steps[0]["seconds"],
         "step": statistics.median(row["seconds"] for row in steps[1:]),
-        "gib": max(row["gib"] for row in steps),
+        "gib": gib,
         "tokens": steps[-1]["tokens"],
         "loss": steps[-1]["loss"],
         "looking": runs.read_json(run / "run.json")["spent"]["share_looking"],
@@ -114,11 +146,13 @@ def theirs(folder: Path, model: Path, path: Path, batch: int, epochs: int) -> di
     settings |= {"model_name_or_path": str(model), "num_train_epochs": epochs, "per_device_train_batch_size": batch}
     settings |= {"learning_rate": 1e-4}
     config.write_text(yaml.safe_dump(settings))
-    wall, said = timed([str(HERE / ".venv/bin/trl"), "sft", "--config", str(config)])
+    wall, said, gib = timed([str(HERE / ".venv/bin/trl"), "sft", "--config", str(config)])
     runtime = float(re.findall(r"'train_runtime': '?([0-9.]+)'?", said)[-1])
     losses = [float(one) for one in against_trl.LOSS.findall(said)]
     tokens = sum(len(row["input_ids"]) for row in told)
-    return {"wall": wall, "step": runtime / len(losses), "tokens": tokens / (len(losses) / epochs), "loss": losses[-1]}
+    supervised = sum(label >= 0 for row in told for label in row["labels"]) / tokens
+    about = {"tokens": tokens / (len(losses) / epochs), "loss": losses[-1], "gib": gib, "supervised": supervised}
+    return {"wall": wall, "step": runtime / len(losses), **about}
 
 
 def table(model: Path, folder: Path, lengths: list[int], batches: list[int], steps: int) -> Iterator[Mapping[str, Any]]:
@@ -137,18 +171,29 @@ def table(model: Path, folder: Path, lengths: list[int], batches: list[int], ste
             yield {**where, "arm": "trl sft", **theirs(folder, model, path, batch, epochs)}
 
 
+HEAD = ("length", "batch", "", "wall s", "first s", "s/step", "s/epoch", "tokens/s", "in the loss", "GiB", "looking",
+        "loss", "floor", "wall of trl", "step of trl")  # fmt: skip
+
+
 def show(found: list[Mapping[str, Any]]) -> None:
-    print(
-        f"{'length':>6} {'batch':>5}  {'':24}{'wall s':>8}{'s/step':>9}{'tok/s':>8}{'GiB':>7}{'loss':>8}{'of trl':>9}"
-    )
+    rate = flops()
+    cells: list[tuple[str, ...]] = [HEAD]
     for one in found:
         trl = next(o for o in found if o["arm"] == "trl sft" and all(o[k] == one[k] for k in ("length", "batch")))
-        gib = f"{one['gib']:7.2f}" if "gib" in one else f"{'':7}"
-        rate, ratio = one["tokens"] / one["step"], f"{one['wall'] / trl['wall']:.2f} {one['step'] / trl['step']:.2f}"
-        print(
-            f"{one['length']:6} {one['batch']:5}  {one['arm']:24}{one['wall']:8.1f}{one['step']:9.2f}{rate:8.0f}"
-            f"{gib}{one['loss']:8.3f}{ratio:>12}"
-        )
+        top = next((top for name, top in ARMS if name in one["arm"]), None)
+        share = 1.0 if top is None else top / LAYERS
+        floor = 4 * share * IN_LAYERS * one["tokens"] / rate / one["step"]
+        a_second = one["tokens"] / one["step"]
+        agree = abs(one["loss"] - trl["loss"]) < 0.02 * trl["loss"]
+        cells.append((
+            str(one["length"]), str(one["batch"]), one["arm"], f"{one['wall']:.0f}",
+            f"{one['first']:.2f}" if "first" in one else "-", f"{one['step']:.2f}",
+            f"{one['step'] * ROWS / one['batch']:.1f}", f"{a_second:.0f}", f"{a_second * trl['supervised']:.0f}",
+            f"{one['gib']:.2f}", f"{one['looking']:.0%}" if "looking" in one else "-",
+            f"{one['loss']:.3f}{'' if agree or share < 1 else ' VOID'}", f"{floor:.0%}",
+            f"{one['wall'] / trl['wall']:.2f}", f"{one['step'] / trl['step']:.2f}",
+        ))  # fmt: skip
+    print("\n".join(tables.columns(cells)))
 
 
 def main() -> None:
