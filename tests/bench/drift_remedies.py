@@ -2,11 +2,11 @@
 
     .venv/bin/python tests/bench/drift_remedies.py [RECIPE] [FOLDER] [key=value ...]
 
-By default `recipes/quickstart.yaml`, a look every two epochs. Also the price of training upper layers alone. The loss to
-meet is the highest of the lowest ones that
-the remedies reach, so that all of them have a look near it; how near is printed. Held-out: nats per token at the best
-temperature, against the base. Echo: 8-word windows of trained answers in excess. Transfer: gain in each held-out format
-as a share of the mean gain in trained ones, median and least. Runs are kept in FOLDER if one is named.
+By default `recipes/quickstart.yaml`, a look every two epochs. Upper layers alone are among them: what their speed costs
+in quality. The loss to meet is the highest of the lowest ones that the remedies reach, so that all have a look near it;
+how near is printed. Held-out: nats per token at the best temperature, against the base. Echo: 8-word windows of trained
+answers in excess. Transfer: gain in each held-out format as a share of the mean gain in trained ones, median and least.
+Runs are kept in FOLDER if one is named.
 """
 
 from __future__ import annotations
