@@ -68,12 +68,12 @@ def memorised(tmp_path_factory: pytest.TempPathFactory, short: None) -> Path:
         folder,
         base=str(tiny.base(folder / "base")),
         quantization="none",
-        epochs=24,
+        epochs=60,
         batch_size=3,
-        optimizer={"learning_rate": 1e-2},
+        optimizer={"learning_rate": 2e-3},  # calm enough to end by heart on any processor, however it rounds
         lora={"rank": 64, "alpha": 64},
         formats={"train": ["chatml"], "held_out": ["zephyr"]},
-        watch={"every": 12, "stop_at": "never"},
+        watch={"every": 30, "stop_at": "never"},
     )
     task = orders.read(orders.Order(str(recipe), out=folder / "runs" / "small"))
     night.run(task, Screen(Console(file=io.StringIO())), save_every=1e9, page=False)
@@ -224,7 +224,7 @@ def test_a_leaking_adapter_gives_way_to_a_better_one(sft: paper.Door, monkeypatc
 def test_an_example_is_shaded_beside_the_base(sft: paper.Door) -> None:
     code, out, err = sft("eval", RUN, "--example", "rain")
     assert (code, err) == (0, "")  # the last full look has it: nothing is loaded
-    assert out.startswith("rain · chatml · trained · epoch 24 · ")
+    assert out.startswith("rain · chatml · trained · epoch 60 · ")
     assert "⟦" in out.split("base: ")[1]
     said = json.loads(sft("eval", RUN, "--example", "rain", "--json")[1])
     text = "".join(piece["text"] for piece in said["pieces"])
