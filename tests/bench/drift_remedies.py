@@ -3,10 +3,10 @@
     .venv/bin/python tests/bench/drift_remedies.py [RECIPE] [FOLDER] [key=value ...]
 
 By default `recipes/quickstart.yaml`, a look every two epochs. Upper layers alone are among them: what their speed costs
-in quality. The loss to meet is the highest of the lowest ones that the remedies reach, so that all have a look near it;
-how near is printed. Held-out: nats per token at the best temperature, against the base. Echo: 8-word windows of trained
-answers in excess. Transfer: gain in each held-out format as a share of the mean gain in trained ones, median and least.
-Runs are kept in FOLDER if one is named.
+in quality. The loss to meet is the highest of the lowest ones that the remedies reach, so that all pass it; figures
+there lie on a straight line between the two looks around it. Held-out: nats per token at the best temperature, against
+the base. Echo: 8-word windows of trained answers in excess. Kept: gain in each held-out format as a share of the mean
+gain in trained ones. Runs are kept in FOLDER if one is named.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from statistics import fmean, median
@@ -26,7 +26,6 @@ from rich.console import Console
 
 from finetune import forgotten, night, opened, orders, plan, prompts, runs, tables, world
 from finetune.batches import Epochs, Item
-from finetune.forgotten import Summary
 from finetune.masks import encode
 from finetune.opened import Opened
 from finetune.plan import Plan
@@ -100,17 +99,7 @@ def trained(recipe: Path, folder: Path, sets: Sequence[str], change: Change) -> 
     return opened.read(folder)
 
 
-@dataclass(frozen=True)
-class Read:
-    """A remedy at one of its looks."""
-
-    name: str
-    epoch: float
-    loss: float
-    held_out: float
-    echo: float | None
-    transfer: tuple[float, float] | None
-    drift: Summary
+Figures = Mapping[str, float | None]
 
 
 def course(run: RunFolder) -> dict[int, float]:
@@ -119,17 +108,38 @@ def course(run: RunFolder) -> dict[int, float]:
     return {row["step"]: row["nll"] for row in rows if row["step"] > 0}
 
 
-def read(name: str, run: Opened, loss: float) -> Read:
-    """At the look whose training loss is nearest."""
-    losses = course(run.run)
-    step = min(losses, key=lambda one: abs(losses[one] - loss))
+def read(run: Opened, loss: float) -> Figures:
+    """Where the training loss is `loss`, between the two looks around it."""
+    losses = sorted(course(run.run).items(), key=lambda pair: -pair[1])
+    above = next((step for step, at in reversed(losses) if at >= loss), losses[0][0])
+    below = next((step for step, at in losses if at <= loss), losses[-1][0])
+    one, other = at_look(run, above), at_look(run, below)
+    way = (one["loss"] - loss) / (one["loss"] - other["loss"]) if one["loss"] != other["loss"] else 0.0  # type: ignore[operator]
+    return {
+        key: None if value is None or (to := other[key]) is None else value + way * (to - value)
+        for key, value in one.items()
+    }
+
+
+def at_look(run: Opened, step: int) -> Figures:
     metrics = [row for row in runs.read_lines(run.run.metrics) if row["kind"] == "look" and row["split"] == "held_out"]
     at = {when: {row["format"]: row for row in metrics if row["step"] == when} for when in (0, step)}
     first = run.plan.first_format
     drift = forgotten.summary(runs.read_lines(run.run.findings), step)
     assert drift is not None
-    held_out = at[step][first]["nll_tstar"] - at[0][first]["nll_tstar"]
-    return Read(name, run.epoch(step), losses[step], held_out, echo(run.run, step, first), transfer(at, run), drift)
+    moved = {each.axis: each.change for each in drift.moved}
+    carried, kept = transfer(at, run), drift.facts
+    return {
+        "epoch": run.epoch(step),
+        "loss": course(run.run)[step],
+        "held-out": at[step][first]["nll_tstar"] - at[0][first]["nll_tstar"],
+        "echo": echo(run.run, step, first),
+        "median": carried and carried[0],
+        "least": carried and carried[1],
+        "general": found.value if (found := moved.get("general")) else None,
+        "kl": found.value if (found := moved.get("kl")) else None,
+        "facts": kept.kept / kept.sure if kept and kept.sure else None,
+    }
 
 
 def echo(run: RunFolder, step: int, first: str) -> float | None:
@@ -149,17 +159,21 @@ def transfer(at: Mapping[int, Mapping[str, Row]], run: Opened) -> tuple[float, f
     return (median(others), min(others)) if others and own > 0 else None
 
 
-def line(one: Read) -> list[str]:
-    moved = {each.axis: each.change for each in one.drift.moved}
-    changes = ["-" if (found := moved.get(axis)) is None else f"{found.value:+.4f}" for axis in ("general", "kl")]
-    kept = one.drift.facts
-    known = "-" if kept is None else f"{kept.kept} of {kept.sure}"
-    carried = "-" if one.transfer is None else f"{one.transfer[0]:.2f} / {one.transfer[1]:.2f}"
-    heard = "-" if one.echo is None else f"{one.echo:.1%}"
-    return [one.name, f"{one.epoch:.0f}", f"{one.loss:.3f}", f"{one.held_out:+.3f}", heard, carried, *changes, known]
+COLUMNS: Mapping[str, tuple[str, str]] = {
+    "epoch": ("epoch", ".0f"),
+    "loss": ("train loss", ".3f"),
+    "held-out": ("held-out", "+.3f"),
+    "echo": ("echo", ".1%"),
+    "median": ("kept, median", ".2f"),
+    "least": ("kept, least", ".2f"),
+    "general": ("general bpb", "+.3f"),
+    "kl": ("KL", "+.3f"),
+    "facts": ("facts kept", ".0%"),
+}
 
 
-HEAD = ["remedy", "epoch", "train loss", "held-out", "echo", "transfer", "general bpb", "KL", "facts kept"]
+def line(name: str, one: Figures) -> list[str]:
+    return [name, *("-" if one[key] is None else format(one[key], how) for key, (_, how) in COLUMNS.items())]
 
 
 def main(recipe: str = str(ROOT / "recipes/quickstart.yaml"), folder: str = "", *sets: str) -> None:
@@ -174,7 +188,8 @@ def main(recipe: str = str(ROOT / "recipes/quickstart.yaml"), folder: str = "", 
             done[name] = trained(Path(recipe), where, [*usual, *sets, *own], change)
             print(f"{name}: lowest training loss {min(course(done[name].run).values()):.3f}", flush=True)
         loss = max(min(course(run.run).values()) for run in done.values())
-        rows = [HEAD, *(line(read(name, run, loss)) for name, run in done.items())]
+        head = ["remedy", *(title for title, _ in COLUMNS.values())]
+        rows = [head, *(line(name, read(run, loss)) for name, run in done.items())]
         print(f"\nat training loss {loss:.3f} nats per token")
         print("\n".join(tables.columns(rows)))
 
