@@ -21,12 +21,6 @@ from finetune import disk
 _NAME = "kept"
 
 
-def home(kind: str = "prefix") -> Path:
-    """Where things of a kind lie: below the user's cache folder."""
-    local = os.environ.get("LOCALAPPDATA") if os.name == "nt" else None
-    return Path(os.environ.get("XDG_CACHE_HOME") or local or Path.home() / ".cache") / "minisymposium" / kind
-
-
 def name_of(ids: Sequence[int]) -> str:
     """The name of what was made from these tokens."""
     return hashlib.sha256(",".join(map(str, ids)).encode()).hexdigest()

@@ -27,6 +27,12 @@ _count = itertools.count()
 # files
 
 
+def home(kind: str) -> Path:
+    """Where things of a kind lie: below the user's cache folder."""
+    local = os.environ.get("LOCALAPPDATA") if os.name == "nt" else None
+    return Path(os.environ.get("XDG_CACHE_HOME") or local or Path.home() / ".cache") / "minisymposium" / kind
+
+
 def write_atomic(path: Path, data: bytes | str) -> None:
     """The whole file or the one before it, at any kill. Raises OSError, the old file untouched."""
     raw = data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data

@@ -17,7 +17,7 @@ import transformers
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
-from finetune import depot, disk, slices
+from finetune import disk, slices
 
 _WORTH = 2**30  # bytes of weights below which quantising takes no time worth saving
 
@@ -51,7 +51,7 @@ def _place(folder: Path, how: dict[str, Any]) -> Path | None:
         return None
     versions = torch.__version__, transformers.__version__, bitsandbytes.__version__
     made = repr((str(folder.resolve()), files, versions, how["dtype"], how["device_map"]))
-    return depot.home("quantised") / f"{folder.name[:40]}-{hashlib.sha256(made.encode()).hexdigest()[:16]}"
+    return disk.home("quantised") / f"{folder.name[:40]}-{hashlib.sha256(made.encode()).hexdigest()[:16]}"
 
 
 def _keep(model: Any, where: Path) -> None:

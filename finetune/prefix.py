@@ -21,7 +21,8 @@ import transformers
 from torch import Tensor, nn
 
 from finetune import lots, model, slices
-from finetune.depot import Depot, home, name_of
+from finetune.depot import Depot, name_of
+from finetune.disk import home
 from finetune.errors import refuse
 from finetune.slices import Slice
 
@@ -249,7 +250,7 @@ def load(source: Source, limit_gib: float, root: Path | None = None) -> Shortene
     if getattr(whole, "layer_types", None):
         inner.layer_types = whole.layer_types
     lower = Lower(source, int(inner.hidden_size), _bytes(decoder.layers[-1]))
-    made = Prefix(source, Depot(root or home(), source.made(), int(limit_gib * _GIB)), lower)
+    made = Prefix(source, Depot(root or home("prefix"), source.made(), int(limit_gib * _GIB)), lower)
     upper.set_input_embeddings(made)
     return Shortened(upper, made, lower)
 

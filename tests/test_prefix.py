@@ -13,7 +13,7 @@ import tiny
 import torch
 from rich.console import Console
 
-from finetune import depot, model, night, orders, prefix, runs, varlen
+from finetune import disk, model, night, orders, prefix, runs, varlen
 from finetune.batches import Item
 from finetune.depot import Depot
 from finetune.errors import UserError
@@ -215,7 +215,7 @@ def test_a_full_shelf_keeps_what_this_run_needs_and_drops_what_is_longest_unused
 
 def test_depot_lies_in_the_users_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert depot.home() == tmp_path / "minisymposium" / "prefix"
+    assert disk.home("prefix") == tmp_path / "minisymposium" / "prefix"
 
 
 def trained(folder: Path, name: str, **changes: Any) -> runs.RunFolder:
