@@ -14,8 +14,11 @@ KEPT_BYTES = 68  # a hidden unit, layer and token, where no activation is comput
 # nf4, double quantised [Dettmers et al. 2023]: 4 bits, one byte for 64 weights, one fp32 for 256 of those bytes
 BYTES_A_WEIGHT = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0, "none": 2.0}
 OPTIMIZER = {"adamw": 8.0, "adamw_8bit": 2.0, "paged_adamw_8bit": 2.0}  # bytes a trained weight: two moments
-HEAD_BYTES, _A_LOGIT = 2**28, 14  # held at once for logits; bytes each: bf16, fp32, log p, gradient
-_CONTEXT = 0.6  # GiB of a CUDA context, its libraries' workspaces and loose blocks: a guess
+HEAD_BYTES, _A_LOGIT = 2**28, 14  # held at once for logits; bytes each, at most
+_A_BACKWARD = 12.0  # of them, at the peak: log p, and the gradients of log p and of the logit, all fp32
+_UNPACKED = {"nf4": 2.0 + 4 / 64, "int8": 4.0, "none": 0.0}  # bytes a weight of a matrix unpacked for the backward
+_CONTEXT = 0.6  # GiB of a CUDA context and its libraries' workspaces: a guess
+_LOOSE = 0.1  # share of what comes and goes that an allocator may not find again: a guess
 MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -81,7 +84,9 @@ def adapter_weights(shape: Shape, rank: int, targets: Sequence[str], layers: int
 class Load:
     """What a training puts on a GPU. `tokens`: of the largest micro-batch, padding included.
 
-    `layers`: those with an adapter. `below`: lower ones whose work is done once, before training.
+    `layers`: those with an adapter. `below`: lower ones whose work is done once, before training. `accumulated`: a step
+    has several micro-batches, so gradients wait while the next one is computed. `a_layer`: measured bytes kept a token
+    and layer, where somebody did.
     """
 
     shape: Shape
@@ -92,11 +97,19 @@ class Load:
     tokens: int
     checkpointing: bool
     below: int = 0
+    targets: tuple[str, ...] = MATRICES
+    accumulated: bool = False
+    a_layer: float | None = None
 
     @property
     def frozen(self) -> float:
         """Weights of the matrices that stay on the device."""
         return self.shape.in_layers * (1 - self.below / self.shape.layers)
+
+    @property
+    def rank(self) -> float:
+        """Of the adapter."""
+        return self.adapter / adapter_weights(self.shape, 1, self.targets, self.layers)
 
 
 @dataclass(frozen=True)
@@ -109,8 +122,13 @@ class Line:
 
 
 def bill(load: Load) -> list[Line]:
-    """GiB line by line."""
+    """GiB line by line: what is there all the time, and then at the moment of a step that needs most."""
     return [Line(name, size / GIB, reason) for name, size, reason in _bytes(load)]
+
+
+def total(load: Load) -> float:
+    """GiB of all lines."""
+    return sum(line.gib for line in bill(load))
 
 
 def _bytes(load: Load) -> Iterator[tuple[str, float, str]]:
@@ -120,19 +138,21 @@ def _bytes(load: Load) -> Iterator[tuple[str, float, str]]:
     yield "base", load.frozen * a_weight, f"{short(load.frozen)} weights in {where}, {exact} each"
     table = "one table for both" if shape.tied else "the head alone" if load.below else "a table each"
     outside = shape.vocabulary * shape.hidden if load.below else shape.outside
-    yield "embeddings, head", 2.0 * outside, f"{short(outside)} weights, {table}, bf16"
+    norms = 4.0 * (2 * (shape.layers - load.below) + 1) * shape.hidden
+    yield "embeddings, head", 2.0 * outside + norms, f"{short(outside)} weights, {table}, bf16; norms in fp32"
     yield "adapter", 4.0 * load.adapter, f"{short(load.adapter)} weights, fp32"
-    yield "gradients", 4.0 * load.adapter, "as many, fp32"
     state = OPTIMIZER[load.optimizer]
     yield "optimizer", state * load.adapter, f"{load.optimizer}: {state:g} bytes a trained weight"
-    how = "one layer at a time, its input kept" if load.checkpointing else "of all layers"
-    yield "activations", activations(load), f"{load.tokens:,} tokens a micro-batch, {how}"
-    largest = max(a * b for a, b in shape.matrices.values())
-    if load.quantization != "none":
-        yield "one matrix in bf16", 2.0 * largest, f"the largest has {short(largest)} weights, unpacked when used"
-    held = min(load.tokens, head_tokens(shape.vocabulary))
-    yield "logits", float(_A_LOGIT * held * shape.vocabulary), f"{held:,} tokens x {shape.vocabulary:,} at once"
-    yield "CUDA", _CONTEXT * GIB, "context, workspaces, loose blocks: a guess"
+    most = max(_moments(load), key=lambda one: one.total)
+    yield "activations", most.activations, most.kept
+    yield "gradients", most.gradients, "fp32, of the weights that have one when most is needed"
+    yield "work", most.work, f"most is needed {most.reason}"
+    yield "CUDA", _CONTEXT * GIB, "context, workspaces: a guess, not measured on a GPU"
+    yield (
+        "margin",
+        _LOOSE * most.total,
+        f"{_LOOSE:.0%} of the last three for loose blocks: a guess, not measured on a GPU",
+    )
 
 
 def head_tokens(vocabulary: int) -> int:
@@ -140,20 +160,90 @@ def head_tokens(vocabulary: int) -> int:
     return max(64, HEAD_BYTES // (_A_LOGIT * vocabulary))
 
 
+@dataclass(frozen=True)
+class _Moment:
+    """Bytes that come and go, at one moment of a step."""
+
+    activations: float
+    gradients: float
+    work: float
+    kept: str
+    reason: str
+
+    @property
+    def total(self) -> float:
+        return self.activations + self.gradients + self.work
+
+
+def _moments(load: Load) -> Iterator[_Moment]:
+    """Those that may need most: the backward of the head, of the highest layer, of the lowest; AdamW's own step.
+
+    On the way down activations go and gradients come, both evenly, so that nothing between is larger.
+    """
+    shape, tokens = load.shape, load.tokens
+    a_layer, cast, waiting = tokens * layer_bytes(load), 2.0 * load.adapter, 4.0 * load.adapter * load.accumulated
+    held = min(tokens, head_tokens(shape.vocabulary))
+    logits = _A_BACKWARD * held * shape.vocabulary + 4.0 * shape.hidden * tokens
+    why = f"where {held:,} tokens x {shape.vocabulary:,} go through the head at once"
+    everything = activations(load) + (0.0 if load.checkpointing else cast)
+    how = "each layer's input alone, one layer at a time computed again" if load.checkpointing else "of all layers"
+    kept = f"{tokens:,} tokens a micro-batch, {how}"
+    yield _Moment(everything, waiting, logits, kept, why)
+    again = a_layer + cast / load.layers if load.checkpointing else 0.0
+    back, why = _layer_backward(load), f"in the backward of {{}} layer; {_unpacked(load)}"
+    yield _Moment(everything + again, waiting, back, kept, why.format("the highest"))
+    lowest = a_layer + cast / load.layers + 4.0 * shape.hidden * tokens
+    kept = f"{tokens:,} tokens a micro-batch, of one layer: the others' are gone"
+    yield _Moment(lowest, 4.0 * load.adapter, back, kept, why.format("the lowest"))
+    step = 4.0 * load.adapter if load.optimizer == "adamw" else 0.0
+    yield _Moment(
+        0.0, 4.0 * load.adapter, step, "none are left", "in the optimizer's step, for one copy of the adapter"
+    )
+
+
 def activations(load: Load) -> float:
-    """Bytes kept for the backward pass; with checkpointing, each layer's fp32 input and one layer in full."""
-    full = load.tokens * layer_bytes(load.shape)
-    if load.checkpointing:
-        return load.tokens * 4.0 * load.shape.hidden * load.layers + full
-    return load.layers * full
+    """Bytes kept for the backward pass: of all layers in full or, with checkpointing, the fp32 input of each."""
+    full = 4.0 * load.shape.hidden if load.checkpointing else layer_bytes(load)
+    return load.tokens * (full * load.layers + 8.0 * load.shape.head)  # and the angles of all positions
 
 
-def layer_bytes(shape: Shape) -> float:
-    """Bytes a token and layer: fp32 residual and norms, bf16 inputs of seven LoRA matrices, sdpa, a gated MLP."""
+def layer_bytes(load: Load) -> float:
+    """Bytes a token and layer: the fp32 stream twice, what LoRA, attention and a gated MLP keep.
+
+    Each adapted matrix keeps its input in bf16 once more, and gives fp32; attention keeps queries, keys, values and its
+    answer in bf16; the MLP its gate, what the gate lets through, and the other half.
+    """
+    if load.a_layer is not None:
+        return load.a_layer
+    shape, targets = load.shape, load.targets
     q, kv = shape.heads * shape.head, shape.kv_heads * shape.head
-    norms, inputs = 16 * shape.hidden, 2 * (5 * shape.hidden + q)
-    attention, gated = 2 * (2 * q + 2 * kv), 8 * shape.inner
-    return norms + inputs + attention + gated
+    inputs = sum(2 * shape.matrices[name][0] + 2 * load.rank for name in targets)
+    gate, up = (4 if name in targets else 2 for name in ("gate_proj", "up_proj"))
+    attention, gated = 2 * (2 * q + 2 * kv) + 4 * shape.heads, (2 * gate + up) * shape.inner
+    # int8 keeps the inputs of its own matrices too, in the stream's fp32
+    int8 = 8 * shape.hidden + 4 * shape.inner if load.quantization == "int8" else 0
+    return 8 * shape.hidden + 8 + inputs + attention + gated + int8
+
+
+def _layer_backward(load: Load) -> float:
+    """Bytes beside what is kept, where a layer's backward needs most: in its MLP.
+
+    Either three fp32 gradients as wide as the MLP, its bf16 input just freed, or a matrix unpacked and half of them.
+    """
+    shape, free = load.shape, 2 if "down_proj" in load.targets else 0
+    wide, stream = load.tokens * shape.inner, 4.0 * load.tokens * shape.hidden
+    halves = 8 if load.quantization == "int8" else 6
+    return stream + max((12 - free) * wide, _UNPACKED[load.quantization] * _largest(shape) + (halves - free) * wide)
+
+
+def _unpacked(load: Load) -> str:
+    if load.quantization == "none":
+        return "no matrix is unpacked"
+    return f"its largest matrix, {short(_largest(load.shape))} weights, is unpacked there"
+
+
+def _largest(shape: Shape) -> int:
+    return max(a * b for a, b in shape.matrices.values())
 
 
 def guessed_checkpointing(shape: Shape, tokens: int, free_gib: float) -> bool:
