@@ -36,6 +36,7 @@ class Known:
     """What is known of a base. `counted`: the vocabulary is the base's own; else `remedy` says how to get it.
 
     `download`: GiB still to come, None where nobody here knows; `download_from` and `shape_from` name the sources.
+    `config`: its config.json, where that is on this disk.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Known:
     download_from: str = "which is on this computer"
     cached: bool = True
     remedy: str = ""
+    config: Mapping[str, Any] | None = None
 
 
 def look_up(base: str, revision: str | None = None) -> Known:
@@ -62,15 +64,15 @@ def _in_folder(name: str, folder: Path) -> Known:
     config = _config(folder / "config.json")
     if not any(folder.glob("*.safetensors")):
         raise refuse(f"base: {folder} holds no weights.", "A base has .safetensors files.", key=("base",))
-    return Known(name, Vocabulary.load(folder), True, shape_of(config), f"{name}'s config.json")
+    return Known(name, Vocabulary.load(folder), True, shape_of(config), f"{name}'s config.json", config=config)
 
 
 def _on_hub(base: str, revision: str | None) -> Known:
     here = _cached(base, revision)
     config, folder = here("config.json"), here("tokenizer.json")
-    shape, source = None, ""
-    if config:
-        shape, source = shape_of(_config(config)), f"{base}'s config.json, in the cache"
+    shape, source, told = None, "", _config(config) if config else None
+    if told is not None:
+        shape, source = shape_of(told), f"{base}'s config.json, in the cache"
     elif shape := memory.well_known(base):
         source = f"a built-in table: {base} is not in the cache"
     if folder:
@@ -79,7 +81,7 @@ def _on_hub(base: str, revision: str | None) -> Known:
         at = f" --revision {revision}" if revision else ""
         vocabulary, remedy = stand_in(), f"hf download {base} {' '.join(_SMALL)}{at}"
     size, why = _to_come(here, shape)
-    return Known(base, vocabulary, folder is not None, shape, source, size, why, config is not None, remedy)
+    return Known(base, vocabulary, folder is not None, shape, source, size, why, told is not None, remedy, told)
 
 
 class _cached:

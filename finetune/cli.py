@@ -129,6 +129,9 @@ def check(
     gpu: Annotated[
         str | None, typer.Option("--gpu", metavar="SIZE", help="Memory of the card it is meant for, such as 12GB.")
     ] = None,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Measure this machine for about 10 seconds; kept for the next check.")
+    ] = False,
     sets: Sets = [],  # noqa: B006  # typer reads it, nothing writes it
     as_json: terminal.AsJson = False,
 ) -> None:
@@ -139,7 +142,7 @@ def check(
     """
     from finetune import outlook
 
-    found = outlook.look(recipe, sets, gpu)
+    found = outlook.look(recipe, sets, gpu, calibrate)
     for problem in found.problems:
         typer.echo(_safe(problem), err=True)
     if as_json:

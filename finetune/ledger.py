@@ -14,12 +14,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from finetune import machine, memory, recipe
+from finetune import machine, memory, rates, recipe
 from finetune.bases import Known
 from finetune.errors import Problem, UserError
 from finetune.estimate import layers_below
 from finetune.memory import GIB, Load, gib
 from finetune.plan import Plan
+from finetune.rates import Calibration, Work
 from finetune.runs import RunFolder
 
 MEMORY = "Memory (estimate, not measured on a GPU)"
@@ -28,6 +29,7 @@ _CARD, _CPU = 20e12, 25e9  # FLOP/s that a consumer card, and two cores, may rea
 _SMALL = 1e8  # weights below which a CPU is enough
 _RECENT = 200  # steps of an earlier run that are averaged
 _TAIL = 2**18  # bytes at the end of metrics.jsonl in which they are looked for
+_FEW = 8  # layers that are offered where all are trained
 _TIGHT = 0.92  # share of a card above which an estimate may well be wrong
 
 
@@ -42,46 +44,61 @@ class Fact:
     section: str = ""
 
 
-def cost_facts(made: Plan, known: Known, room: float | None) -> tuple[list[Fact], list[Problem]]:
-    """All costs, and what would not fit. `room`: GiB of the card the run is meant for."""
+def cost_facts(
+    made: Plan, known: Known, room: float | None, found: Calibration | None = None
+) -> tuple[list[Fact], list[Problem]]:
+    """All costs, and what would not fit. `room`: GiB of the card the run is meant for; `found`: measured here."""
     problems: list[Problem] = []
-    facts = [replace(fact, section=MEMORY) for fact in _memory(made, known, room, problems)]
-    facts += [replace(fact, section="Disk and time") for fact in (*_disk(made, known), *_minutes(made, known))]
-    return facts, problems
+    facts = [replace(fact, section=MEMORY) for fact in _memory(made, known, room, found, problems)]
+    costs = (*_disk(made, known), *_minutes(made, known, room, found))
+    return [*facts, *(replace(fact, section="Disk and time") for fact in costs)], problems
 
 
-def _load(made: Plan, known: Known, checkpointing: bool) -> Load | None:
+def _load(made: Plan, known: Known, checkpointing: bool, found: Calibration | None = None) -> Load | None:
     if known.shape is None:
         return None
     wanted = made.recipe
     layers = known.shape.layers if wanted.lora.layers == "all" else wanted.lora.layers.top
-    adapter = memory.adapter_weights(known.shape, wanted.lora.rank, wanted.lora.targets, layers)
-    tokens = made.largest()
-    noise, top = wanted.regularise.stochastic_depth, None if wanted.lora.layers == "all" else layers
-    below = layers_below(known.shape.layers, top, noise, wanted.machine.prefix_gib)
-    return Load(known.shape, wanted.quantization, adapter, layers, wanted.optimizer.name, tokens, checkpointing, below)
+    return Load(
+        known.shape,
+        wanted.quantization,
+        memory.adapter_weights(known.shape, wanted.lora.rank, wanted.lora.targets, layers),
+        layers,
+        wanted.optimizer.name,
+        made.largest(),
+        checkpointing,
+        _below(made, known.shape.layers, layers),
+        wanted.lora.targets,
+        made.largest() < wanted.batch_size * made.longest(),
+        (found.a_layer if found else 0) or None,
+    )
 
 
-def _memory(made: Plan, known: Known, room: float | None, problems: list[Problem]) -> Iterator[Fact]:
-    kept, again = _load(made, known, False), _load(made, known, True)
+def _below(made: Plan, layers: int, trained: int) -> int:
+    wanted = made.recipe
+    return layers_below(layers, trained, wanted.regularise.stochastic_depth, wanted.machine.prefix_gib)
+
+
+def _memory(
+    made: Plan, known: Known, room: float | None, found: Calibration | None, problems: list[Problem]
+) -> Iterator[Fact]:
+    kept, again = _load(made, known, False, found), _load(made, known, True, found)
     if kept is None or again is None:
         yield Fact("GPU", None, "unknown", "the base's shape is not known here")
         return
-    lines = {one.name: one for one in memory.bill(kept)}
     lean = {one.name: one for one in memory.bill(again)}["activations"]
-    for line in lines.values():
-        yield Fact(line.name, line.gib, gib(line.gib), line.reason)
+    for line in memory.bill(kept):
+        told = f"; {kept.a_layer:,.0f} bytes a token and layer, counted by the calibration" if kept.a_layer else ""
+        yield Fact(line.name, line.gib, gib(line.gib), line.reason + (told if line.name == "activations" else ""))
         if line.name == "activations":
             yield Fact("  checkpointed", lean.gib, gib(lean.gib), f"instead, if computed twice: {lean.reason}")
-    whole = sum(line.gib for line in lines.values())
-    least = whole - lines["activations"].gib + lean.gib
-    yield _total(made, whole, least)
+    yield _total(made, memory.total(kept), memory.total(again))
     if kept.below:
         back = memory.lower_layers(kept)
         why = f"{kept.below} lower layers, their work done once, come back to the device while an answer is written"
         yield Fact("  generating", back, f"+ {gib(back)}", why)
     if room is not None:
-        yield _against(made, room, (whole, least), kept, problems)
+        yield _against(made, room, again if _computed_twice(made, kept, room) else kept, problems)
     have = machine.memory_gib()
     host = _HOST + 4.0 * kept.adapter / GIB
     there = "" if have is None else f"; this computer has {gib(have)}"
@@ -98,40 +115,60 @@ def _total(made: Plan, whole: float, least: float) -> Fact:
     return Fact("total", both, gib(least if asked else whole), why)
 
 
-def _against(made: Plan, room: float, totals: tuple[float, float], load: Load, problems: list[Problem]) -> Fact:
-    """The total against a card; a problem where it would not fit."""
+def _computed_twice(made: Plan, load: Load, room: float) -> bool:
+    """Whether activations are, on a card of so many GiB: as the recipe says, or as auto would decide."""
     asked = made.recipe.machine.activation_checkpointing
+    if asked != "auto":
+        return asked
     lines = {line.name: line.gib for line in memory.bill(load)}
     free = room - lines["base"] - lines["embeddings, head"] - lines["adapter"]
-    tokens = made.largest()
-    again = memory.guessed_checkpointing(load.shape, tokens, free) if asked == "auto" else asked
-    need = totals[1] if again else totals[0]
-    how = f"{gib(need)} {'with' if again else 'without'} activation checkpointing" + (
+    return memory.guessed_checkpointing(load.shape, load.tokens, free)
+
+
+def _against(made: Plan, room: float, load: Load, problems: list[Problem]) -> Fact:
+    """The total against a card; a problem where it would not fit."""
+    need, asked = memory.total(load), made.recipe.machine.activation_checkpointing
+    how = f"{gib(need)} {'with' if load.checkpointing else 'without'} activation checkpointing" + (
         ", as auto would decide" if asked == "auto" else ""
     )
     if need > room:
         what = f"{room:g} GiB of GPU memory would not do: about {how} (an estimate)."
-        remedy = f"Try {', '.join(_savings(made, again))}, or a larger card."
-        problems.append(Problem(what, remedy, key=("machine",)))
+        problems.append(Problem(what, _remedy(made, load, room), key=("machine",)))
         return Fact("against", False, f"{room:g} GiB", f"too small: {how}")
     fit = "fits, though not by much" if need > _TIGHT * room else "fits"
     return Fact("against", True, f"{room:g} GiB", f"{fit}: {how}")
 
 
-def _savings(made: Plan, again: bool) -> Iterator[str]:
-    """Settings that would save memory, the cheapest first."""
-    wanted = made.recipe
-    if not again:
-        yield "machine.activation_checkpointing: true"
+def _remedy(made: Plan, load: Load, room: float) -> str:
+    """Settings, each with what it saves once those before it are set, until that is enough."""
+    told: list[str] = []
+    need = memory.total(load)
+    for words, less in savings(made, load):
+        saved = need - (need := memory.total(less))
+        if saved * 1024 >= 1:  # MiB
+            told.append(f"{words} saves {gib(saved)}{' more' if told else ''}")
+        if need <= room:
+            return f"{', then '.join(told)}: enough, {gib(need)} are needed then."
+    tried = ", then ".join(told) or "No setting helps"
+    return f"{tried}: not enough, {gib(need)} are needed then. Take a larger card or a smaller base."
+
+
+def savings(made: Plan, load: Load) -> Iterator[tuple[str, Load]]:
+    """Settings that save memory, the cheapest first, and the load once it and those before it are set."""
+    if not load.checkpointing:
+        yield "machine.activation_checkpointing: true", (load := replace(load, checkpointing=True))
     if made.largest() > made.longest():
-        yield "machine.micro_batch: 1"
-    if wanted.quantization != "nf4":
-        yield "quantization: nf4"
-    if wanted.optimizer.name == "adamw" and wanted.lora.rank > 32:
-        yield "optimizer.name: paged_adamw_8bit"
-    yield "shorter examples"
-    if wanted.lora.layers == "all":
-        yield "lora.layers: {top: 8}"
+        yield "machine.micro_batch: 1", (load := replace(load, tokens=made.longest(), accumulated=True))
+    if load.optimizer == "adamw":
+        yield "optimizer.name: paged_adamw_8bit", (load := replace(load, optimizer="paged_adamw_8bit"))
+    if load.quantization != "nf4":
+        yield "quantization: nf4", (load := replace(load, quantization="nf4", a_layer=None))
+    if load.layers > _FEW:
+        fewer = replace(load, layers=_FEW, adapter=load.adapter * _FEW // load.layers)
+        below = _below(made, load.shape.layers, _FEW)
+        yield f"lora.layers: {{top: {_FEW}}}", (load := replace(fewer, below=below))
+    half = load.tokens // 2
+    yield f"splitting examples of more than {half:,} tokens", replace(load, tokens=half)
 
 
 def _disk(made: Plan, known: Known) -> Iterator[Fact]:
@@ -168,22 +205,52 @@ def _prefix(made: Plan, load: Load) -> Fact:
 # time
 
 
-def _minutes(made: Plan, known: Known) -> Iterator[Fact]:
-    """Of training alone, by an earlier run here if there is one."""
+def _minutes(made: Plan, known: Known, room: float | None, found: Calibration | None) -> Iterator[Fact]:
+    """By an earlier run here if there is one, else by a calibration, else a guess."""
     tokens = sum(len(item.ids) for item in made.epochs.order(0)) * made.recipe.epochs
     looks = "; looks are not in it"
-    if found := measured(made.recipe):
-        run, rate = found
-        why = f"{tokens:,} tokens at {rate:,.0f} a second, measured in {run}{looks}"
+    load = _load(made, known, False)
+    if run := measured(made.recipe):
+        folder, rate = run
+        why = f"{tokens:,} tokens at {rate:,.0f} a second, measured in {folder}{looks}"
         yield Fact("time", tokens / rate / 60, _time(tokens / rate / 60), why)
-    elif (load := _load(made, known, True)) is None:
+    elif load is None:
         yield Fact("time", None, "unknown", "no run on this machine has measured it yet")
+    elif found:
+        yield from _calibrated(made, load, room, found)
     else:
         small = load.shape.weights < _SMALL
         again = not small and made.recipe.machine.activation_checkpointing is not False
         seconds = memory.training_flops(replace(load, checkpointing=again), tokens) / (_CPU if small else _CARD)
         at = f"{_CPU / 1e9:g} GFLOP/s, two CPU cores" if small else f"{_CARD / 1e12:g} TFLOP/s, a consumer card"
-        yield Fact("time", seconds / 60, f"~ {_time(seconds / 60)}", f"a guess: {tokens:,} tokens at {at}{looks}")
+        why = f"a guess: {tokens:,} tokens at {at}{looks}; `sft check --calibrate` measures this machine in 10 seconds"
+        yield Fact("time", seconds / 60, f"~ {_time(seconds / 60)}", why)
+
+
+def _calibrated(made: Plan, load: Load, room: float | None, found: Calibration) -> Iterator[Fact]:
+    """Of the whole night, and its parts."""
+    on_card = room or found.card_gib if found.card_gib else None  # on a CPU nothing is computed twice by itself
+    asked = made.recipe.machine.activation_checkpointing
+    again = asked is True or (on_card is not None and _computed_twice(made, load, on_card))
+    read = load.shape.layers - load.layers - load.below
+    work = Work(load.layers, read, load.layers if again else 0, load.below)
+    parts = {
+        "training": rates.training_seconds(made, work, found) / 60,
+        "looks": rates.looking_seconds(made, work, found) / 60,
+        "lower layers": rates.filling_seconds(made, work, found) / 60,
+    }
+    why = f"by a calibration of {found.took:.0f} s on this machine, at {', '.join(map(str, found.tokens))} tokens"
+    if max(rates.range_of(made)) > found.tokens[-1]:
+        why += "; longer ones by their slope"
+    yield Fact("time", sum(parts.values()), _time(sum(parts.values())), why)
+    reasons = {
+        "training": f"{made.length.total:,} steps" + (", activations computed twice" if again else ""),
+        "looks": "the base's included; what writing an answer takes is a guess",
+        "lower layers": f"{load.below} of them, once",
+    }
+    for name, minutes in parts.items():
+        if minutes:
+            yield Fact(f"  {name}", minutes, _time(minutes), reasons[name])
 
 
 def _time(minutes: float) -> str:

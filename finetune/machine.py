@@ -5,8 +5,11 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import shutil
+import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 _OURS = (
@@ -47,6 +50,34 @@ def _version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def speed() -> dict[str, Any]:
+    """What decides how fast this machine trains: processor, threads that training takes, card, versions."""
+    threads = os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 2) - 1)  # as `model.spare_a_core` does
+    versions = {name: _version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")}
+    return {"processor": _processor(), "threads": str(threads), "card": _card(), "versions": versions}
+
+
+def _processor() -> str:
+    try:
+        told = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        told = ""
+    names = [line.partition(":")[2].strip() for line in told.splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _card() -> str | None:
+    """Name of the first NVIDIA card, as its driver tells it; None where there is none."""
+    if (told := shutil.which("nvidia-smi")) is None:
+        return None
+    words = [told, "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(words, capture_output=True, text=True, timeout=10, check=True).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found[0].strip() if found else None
 
 
 if sys.platform == "win32":

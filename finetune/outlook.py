@@ -14,12 +14,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from finetune import bases, estimate, lint, loggers, memory, places, plan, recipe
+from finetune import bases, estimate, lint, loggers, memory, places, plan, rates, recipe
 from finetune.bases import Known
 from finetune.errors import Problem, UserError, refuse
 from finetune.estimate import Length
 from finetune.ledger import Fact, cost_facts
 from finetune.plan import Plan, Source
+from finetune.rates import Calibration
 from finetune.recipe import Draft, Recipe
 
 _GENTLE, _HARSH = (1e-7, 600), (1e-6, 100)  # learning rate and epochs of MiniSymposium's two published runs
@@ -46,10 +47,10 @@ class Outlook:
         return {"recipe": str(self.recipe), **told, "plan": sections}
 
 
-def look(path: Path, sets: Sequence[str] = (), gpu: str | None = None) -> Outlook:
+def look(path: Path, sets: Sequence[str] = (), gpu: str | None = None, calibrate: bool = False) -> Outlook:
     """All that can be known of a recipe before its night. UserError only where the file holds no settings at all.
 
-    `gpu`: memory of the card it is meant for, such as `12GB`.
+    `gpu`: memory of the card it is meant for, such as `12GB`. `calibrate`: measure this machine, in a process apart.
     """
     room = None if gpu is None else gib_of(gpu)
     draft = recipe.read(path, sets)
@@ -62,7 +63,7 @@ def look(path: Path, sets: Sequence[str] = (), gpu: str | None = None) -> Outloo
     facts: list[Fact] = []
     if not problems and material.conversations:
         made = plan.schedule(material)
-        costs, too_much = cost_facts(made, known, room)
+        costs, too_much = cost_facts(made, known, room, _rates(made, known, calibrate, warnings))
         facts, problems = [*_facts(made, known), *costs], [*too_much]
     told = sorted(recipe.placed(problems, path, sets), key=lambda one: (one.file != path, str(one.file), one.line or 0))
     return Outlook(path, told, recipe.placed(warnings, path, sets), facts)
@@ -101,6 +102,18 @@ def _source(draft: Draft) -> Source | None:
     if {"data", "data.train"} & left_out or _nowhere(data.train) or _on_hub(data.train):
         return None
     return Source()
+
+
+def _rates(made: Plan, known: Known, calibrate: bool, warnings: list[Problem]) -> Calibration | None:
+    """What was measured on this machine, now or before; a calibration that fails is a warning."""
+    if (asked := rates.request(made.recipe, known)) is None:
+        return None
+    if calibrate:
+        found = rates.calibrate(asked, rates.range_of(made))
+        if isinstance(found, Calibration):
+            return found
+        warnings.append(found)
+    return rates.kept(asked)
 
 
 def _on_hub(path: str) -> bool:

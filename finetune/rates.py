@@ -1,0 +1,251 @@
+"""What a calibration found, kept for each machine: asked for in a process of its own, read without torch, summed up.
+
+One JSON file in the user's cache folder. A record that is damaged, or of another machine, version, base shape or
+adapter, is not there. It measures nothing itself, and never raises for what the file or the process does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune import disk, machine
+from finetune.bases import Known
+from finetune.errors import Problem
+from finetune.memory import Shape
+from finetune.plan import Plan, _cost
+from finetune.recipe import Recipe
+
+BUDGET = 10.0  # seconds a calibration may measure; loading libraries and making a base come before
+_PATIENCE = 180.0  # seconds after which one is given up
+_MOST = 40  # records kept
+_FORM = 1  # of a record
+_EPOCHS = 3  # epochs whose micro-batches stand for all: only drawn formats tell them apart
+_LISTS = ("tokens", "layer", "again", "forward", "rest", "head", "head_forward")
+_SINGLE = ("step_layer", "step_rest", "a_layer", "took")
+_TRAINER = 0.006  # seconds a step that the library's own loop takes beside, measured on one CPU core
+_SPECK = 1e-9  # seconds no figure is below
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Seconds at so many `tokens` in one micro-batch, ascending; each list is as long.
+
+    `layer`: one decoder layer forward and backward; `again`: what its checkpointing adds; `forward`: without gradients;
+    `rest`: what the decoder does beside its layers; `head`, `head_forward`: as many tokens through the head;
+    `step_layer`, `step_rest`: an optimizer step.
+    `a_layer`: bytes kept a token and layer as on CUDA. `card_gib`: memory of the card it ran on.
+    """
+
+    tokens: tuple[int, ...]
+    layer: tuple[float, ...]
+    again: tuple[float, ...]
+    forward: tuple[float, ...]
+    rest: tuple[float, ...]
+    head: tuple[float, ...]
+    head_forward: tuple[float, ...]
+    step_layer: float
+    step_rest: float
+    a_layer: float
+    took: float
+    card_gib: float | None = None
+
+
+def request(wanted: Recipe, known: Known) -> dict[str, Any] | None:
+    """What is measured: all that decides how fast a layer is. None of a base nobody knows anything of."""
+    config = known.config or (_config(known.shape) if known.shape else None)
+    if config is None:
+        return None
+    lora = wanted.lora
+    adapter = {"rank": lora.rank, "targets": list(lora.targets), "dropout": lora.dropout}
+    return {"config": dict(config), "quantization": wanted.quantization, "optimizer": wanted.optimizer.name, **adapter}
+
+
+def _config(shape: Shape) -> dict[str, Any]:
+    """A config.json of a base of which only the shape is known."""
+    return {
+        "model_type": "llama",
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.inner,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "head_dim": shape.head,
+        "vocab_size": shape.vocabulary,
+        "tie_word_embeddings": shape.tied,
+    }
+
+
+def _file() -> Path:
+    return disk.home("calibration") / "kept.json"
+
+
+def _name(asked: Mapping[str, Any]) -> str:
+    made = json.dumps([_FORM, machine.speed(), asked], sort_keys=True, default=str)
+    return hashlib.sha256(made.encode()).hexdigest()[:32]
+
+
+def kept(asked: Mapping[str, Any]) -> Calibration | None:
+    """What was measured here for the same request; None where nothing usable is kept."""
+    return _read(_records().get(_name(asked)))
+
+
+def _records() -> dict[str, Any]:
+    try:
+        found = json.loads(_file().read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _read(record: Any) -> Calibration | None:
+    """A record as it should be: lists of one length, finite, nothing below nothing."""
+    try:
+        lists: dict[str, Any] = {name: tuple(record[name]) for name in _LISTS}
+        single: dict[str, Any] = {name: float(record[name]) for name in _SINGLE}
+        size = record["card_gib"]
+        found = Calibration(**lists, **single, card_gib=None if size is None else float(size))
+        numbers = [one + 0.0 for some in lists.values() for one in some] + list(single.values())
+    except (TypeError, ValueError, KeyError, OverflowError):
+        return None
+    whole = found.tokens and {len(some) for some in lists.values()} == {len(found.tokens)}
+    rising = all(a < b for a, b in zip((0, *found.tokens), found.tokens, strict=False))
+    return found if whole and rising and all(0 <= one < 1e9 for one in numbers) else None
+
+
+def _keep(asked: Mapping[str, Any], found: Calibration) -> None:
+    """Write it beside the others, the oldest of which go. A cache folder that cannot be written keeps nothing."""
+    name, records = _name(asked), _records()
+    records.pop(name, None)
+    newest = dict([*records.items(), (name, asdict(found))][-_MOST:])
+    with suppress(OSError):
+        _file().parent.mkdir(parents=True, exist_ok=True)
+        disk.write_atomic(_file(), json.dumps(newest))
+
+
+def calibrate(asked: Mapping[str, Any], tokens: Sequence[int]) -> Calibration | Problem:
+    """Measure in a process of its own, up to the largest of `tokens`, and keep it. A Problem where that failed."""
+    words = [sys.executable, "-m", "finetune.calibrate"]
+    given = json.dumps({**asked, "tokens": list(tokens), "budget": BUDGET})
+    try:
+        done = subprocess.run(words, input=given, capture_output=True, text=True, timeout=_PATIENCE, check=False)
+    except subprocess.TimeoutExpired:
+        return _failed(f"it was not done after {_PATIENCE:.0f} s")
+    except OSError as fault:
+        return _failed(str(fault))
+    if done.returncode < 0:
+        return _failed(f"it was killed (signal {-done.returncode}), as the system does when memory runs out")
+    if done.returncode:
+        return _failed((done.stderr.strip().splitlines() or ["it said nothing"])[-1][:200])
+    if (found := _printed(done.stdout)) is None:
+        return _failed("it gave no figures")
+    _keep(asked, found)
+    return found
+
+
+def _printed(said: str) -> Calibration | None:
+    with suppress(ValueError, IndexError):
+        return _read(json.loads(said.strip().splitlines()[-1]))
+    return None
+
+
+def _failed(why: str) -> Problem:
+    what = f"The calibration gave nothing: {why}."
+    return Problem(what, "Time and memory below are guesses; try again when the machine is free.")
+
+
+# what it amounts to
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a night does: layers trained forward and backward, layers read forward only, and how often anew.
+
+    `again`: layers whose forward is done twice. `filled`: lower layers that every text passes once.
+    """
+
+    trained: int
+    read: int
+    again: int
+    filled: int
+
+
+def micro_batches(made: Plan, epoch: int) -> list[list[int]]:
+    """Of each step its micro-batches' tokens."""
+    sizes = [len(item.ids) for item in made.epochs.order(epoch)]
+    steps = [sizes[at : at + made.recipe.batch_size] for at in range(0, len(sizes), made.recipe.batch_size)]
+    return [[len(part) * max(part) for part in _parts(step, made.micro_batch)] for step in steps]
+
+
+def _parts(step: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    yield from (step[at : at + size] for at in range(0, len(step), size))
+
+
+def range_of(made: Plan) -> list[int]:
+    """Token counts worth measuring: the smallest micro-batch of an epoch, the largest, one between."""
+    sizes = [tokens for step in micro_batches(made, 0) for tokens in step]
+    low, high = min(sizes), max(*sizes, made.micro_batch * made.longest())
+    return sorted({low, round((low * high) ** 0.5), high})
+
+
+def training_seconds(made: Plan, work: Work, by: Calibration) -> float:
+    """Of all epochs, without looks."""
+    epochs = sorted({round(one * (made.recipe.epochs - 1) / max(1, _EPOCHS - 1)) for one in range(_EPOCHS)})
+    items = made.epochs.order(0)
+    share = sum(item.supervised for item in items) / sum(len(item.ids) for item in items)
+    total = 0.0
+    for epoch in epochs:
+        total += sum(step_seconds(step, share, work, by) for step in micro_batches(made, epoch))
+    return total * made.recipe.epochs / len(epochs)
+
+
+def step_seconds(step: Sequence[int], share: float, work: Work, by: Calibration) -> float:
+    """Of one step, given the tokens of its micro-batches and the share of them that are in the loss."""
+    own = _TRAINER + by.step_rest + by.step_layer * work.trained
+    return own + sum(_micro_batch(tokens, share, work, by) for tokens in step)
+
+
+def _micro_batch(tokens: int, share: float, work: Work, by: Calibration) -> float:
+    layers = work.trained * _at(by, by.layer, tokens) + work.again * _at(by, by.again, tokens)
+    return (
+        layers + work.read * _at(by, by.forward, tokens) + _at(by, by.rest, tokens) + _at(by, by.head, share * tokens)
+    )
+
+
+def looking_seconds(made: Plan, work: Work, by: Calibration) -> float:
+    """Of all planned looks, the base's included: their forward-equivalent tokens at the rate of a middling text."""
+    cost = _cost(made)
+    looks = made.looks
+    tokens = len(looks.light) * cost.light + (len(looks.full) + 1) * cost.full
+    return tokens * _forward(by, work.trained + work.read)
+
+
+def filling_seconds(made: Plan, work: Work, by: Calibration) -> float:
+    """Of what the lower layers make of every text, once."""
+    texts = made.texts
+    items = [*texts.whole.values(), *texts.held_out.values(), *texts.twins.values(), *texts.replay]
+    return work.filled * sum(_at(by, by.forward, len(item.ids)) for item in items)
+
+
+def _forward(by: Calibration, layers: int) -> float:
+    """Seconds a token read without gradients."""
+    middle = by.tokens[len(by.tokens) // 2]
+    return (layers * _at(by, by.forward, middle) + _at(by, by.head_forward, middle)) / middle
+
+
+def _at(by: Calibration, seconds: Sequence[float], tokens: float) -> float:
+    """Between two measured counts along a line, beyond them along the last; never below a share of the least."""
+    counts = by.tokens
+    if len(counts) == 1:
+        return seconds[0] * tokens / counts[0]
+    right = min(max(1, bisect_left(counts, tokens)), len(counts) - 1)
+    (a, b), (low, high) = counts[right - 1 : right + 1], seconds[right - 1 : right + 1]
+    return max(low + (high - low) * (tokens - a) / (b - a), min(seconds) * min(1.0, tokens / counts[0]), _SPECK)
