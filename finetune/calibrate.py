@@ -30,7 +30,7 @@ from finetune.slices import Slice
 
 _WEIGHTS, _LAYERS = 5e7, 8  # small layers are measured several at once, or their difference drowns in noise
 _NOISE = 2**20  # random weights that are repeated all over: drawing billions takes longer than measuring them
-_PROBE = 16  # tokens of the first, cheap pass
+_PROBE = 8  # tokens of the first, cheap pass
 _TRACED = (8, 24)  # tokens of the passes whose memory is watched
 _ONE_COUNT = 0.4  # of the time left that the first passes of one token count may take
 _LEAST = 8  # tokens
@@ -99,9 +99,13 @@ class Piece:
         self.optimizer.step()
 
     def kept(self, tokens: int) -> int:
-        """Bytes of a forward pass at its peak, in the dtypes of CUDA."""
+        """Bytes that a forward pass keeps, in the dtypes of CUDA, as if other layers were below."""
+        decoder = model.bare(self.net).get_decoder()
+        width = decoder.config.get_text_config().hidden_size
+        given = torch.zeros((1, tokens, width), device=self.device, requires_grad=True)
         with torch.autocast(self.device.type, torch.bfloat16):
-            return peaks.most(self.device, peaks.held(self.net), lambda: self.hidden(tokens))
+            known = [*peaks.held(self.net), given]
+            return peaks.used(self.device, known, lambda: decoder(inputs_embeds=given, use_cache=False)).kept
 
 
 def _piece(folder: Path, part: Slice, asked: Mapping[str, Any], device: torch.device) -> Piece:
@@ -136,23 +140,23 @@ class Head:
 
 
 class Clock:
-    """Seconds of pieces of work, by name and token count, within a budget."""
+    """Seconds of pieces of work, by name and token count, within a budget. `now`: what tells them."""
 
-    def __init__(self, device: torch.device, budget: float) -> None:
-        self._device, self._end = device, time.monotonic() + budget
+    def __init__(self, device: torch.device, budget: float, now: Callable[[], float]) -> None:
+        self._device, self._now, self._end = device, now, now() + budget
         self.took: dict[tuple[str, int], list[float]] = defaultdict(list)
 
     @property
     def left(self) -> float:
-        return self._end - time.monotonic()
+        return self._end - self._now()
 
     def time(self, name: str, tokens: int, work: Callable[[int], object]) -> float:
         """Do it once, and write down how long that took."""
         self._wait()
-        began = time.monotonic()
+        began = self._now()
         work(tokens)
         self._wait()
-        self.took[name, tokens].append(time.monotonic() - began)
+        self.took[name, tokens].append(self._now() - began)
         return self.took[name, tokens][-1]
 
     def _wait(self) -> None:
@@ -167,20 +171,82 @@ class Clock:
         return statistics.median(took[1:] or took)
 
 
-def measure(asked: Mapping[str, Any]) -> Calibration:
-    """Make the pieces, time them, watch their memory. Errors: UserError, OSError, whatever a device raises."""
-    began, device = time.monotonic(), model.pick_device()
+@dataclass
+class Rig:
+    """One layer, several, and a head, with a clock to time them by."""
+
+    one: Piece
+    more: Piece
+    head: Head
+    clock: Clock
+
+    def once(self, tokens: int) -> float:
+        """Time all there is at one token count; seconds of it all."""
+        all_there_is: dict[str, Callable[[int], object]] = {
+            "one": self.one.training,
+            "more": self.more.training,
+            "one again": self.one.again,
+            "more again": self.more.again,
+            "one reads": self.one.reading,
+            "more reads": self.more.reading,
+            "head": self.head.training,
+            "head reads": self.head.reading,
+            "one steps": self.one.stepping,
+            "more steps": self.more.stepping,
+        }
+        return sum(self.clock.time(name, tokens, work) for name, work in all_there_is.items())
+
+    def found(self, counts: Sequence[int], took: float) -> Calibration:
+        """What the rounds at these token counts amount to, and the memory of a few passes more."""
+        layer = [self._layer("", tokens) for tokens in counts]
+        step, median = self._layer(" steps", counts[0]), self.clock.median
+        on_card = self.one.device.type == "cuda"
+        return Calibration(
+            tuple(counts),
+            tuple(layer),
+            tuple(max(0.0, self._layer(" again", tokens) - own) for tokens, own in zip(counts, layer, strict=True)),
+            tuple(self._layer(" reads", tokens) for tokens in counts),
+            tuple(max(0.0, median("one", tokens) - own) for tokens, own in zip(counts, layer, strict=True)),
+            tuple(median("head", tokens) for tokens in counts),
+            tuple(median("head reads", tokens) for tokens in counts),
+            step,
+            max(0.0, median("one steps", counts[0]) - step),
+            self._kept(),
+            took,
+            torch.cuda.get_device_properties(self.one.device).total_memory / 2**30 if on_card else None,
+        )
+
+    def _layer(self, name: str, tokens: int) -> float:
+        """Seconds by which a layer more takes longer; of a base with one layer all there is."""
+        between = self.more.layers - self.one.layers
+        if not between:
+            return self.clock.median(f"one{name}", tokens)
+        return max(0.0, self.clock.median(f"more{name}", tokens, less=f"one{name}") / between)
+
+    def _kept(self) -> float:
+        """Bytes a token and layer that a forward keeps on a card; what does not grow with the text falls out."""
+        few, many = _TRACED
+        if self.one.device.type == "cpu":
+            peaks.as_on_cuda(self.one.net)
+            peaks.as_on_cuda(self.more.net)
+        else:  # an allocator's smallest block would blur so few
+            few, many = 64 * few, 64 * many
+        if self.more.layers == self.one.layers:
+            return 0.0
+        rise = [piece.kept(many) - piece.kept(few) for piece in (self.one, self.more)]
+        return max(0.0, (rise[1] - rise[0]) / (many - few) / (self.more.layers - self.one.layers))
+
+
+def rig(asked: Mapping[str, Any], now: Callable[[], float] = time.monotonic) -> Rig:
+    """Make the pieces; the clock starts when they are there. Errors: UserError, OSError, whatever a device raises."""
+    device = model.pick_device()
     model.spare_a_core()
     with tempfile.TemporaryDirectory(prefix="sft-calibration-") as name:
         layers = _layers(asked["config"])
         folder = random_base(asked["config"], layers, Path(name))
         one = _piece(folder, Slice(0, 1), asked, device)
         more = _piece(folder, Slice(0, layers, outside=False), asked, device)
-    clock = Clock(device, asked["budget"])
-    head = Head(model.bare(one.net), device)
-    counts = _rounds(clock, one, more, head, sorted(asked["tokens"]))
-    gib = torch.cuda.get_device_properties(device).total_memory / 2**30 if device.type == "cuda" else None
-    return _summed(clock, counts, layers - 1, _a_layer(one, more), time.monotonic() - began, gib)
+    return Rig(one, more, Head(model.bare(one.net), device), Clock(device, asked["budget"], now))
 
 
 def _layers(config: Mapping[str, Any]) -> int:
@@ -191,80 +257,32 @@ def _layers(config: Mapping[str, Any]) -> int:
     return min(shape.layers, max(2, min(_LAYERS, int(_WEIGHTS * shape.layers / shape.in_layers))))
 
 
-def _rounds(clock: Clock, one: Piece, more: Piece, head: Head, wanted: Sequence[int]) -> list[int]:
-    """Time all there is, again and again until the time is up; which token counts that were."""
+def measure(asked: Mapping[str, Any]) -> Calibration:
+    """Time everything at the wanted token counts, or at as many tokens as the budget allows, until it is spent."""
+    began, made = time.monotonic(), rig(asked)
+    counts = _rounds(made, sorted(asked["tokens"]))
+    return made.found(counts, time.monotonic() - began)
 
-    all_there_is: dict[str, Callable[[int], object]] = {
-        "one": one.training,
-        "more": more.training,
-        "one again": one.again,
-        "more again": more.again,
-        "one reads": one.reading,
-        "more reads": more.reading,
-        "head": head.training,
-        "head reads": head.reading,
-        "one steps": one.stepping,
-        "more steps": more.stepping,
-    }
 
-    def once(tokens: int) -> float:
-        return sum(clock.time(name, tokens, work) for name, work in all_there_is.items())
-
-    once(min(_PROBE, wanted[0]))
-    rate = once(min(_PROBE, wanted[0])) / min(_PROBE, wanted[0])  # seconds a token: rather too many
-    clock.took.clear()
-    most = int(_ONE_COUNT * clock.left / rate / 2)
+def _rounds(made: Rig, wanted: Sequence[int]) -> list[int]:
+    """Again and again until the time is up; which token counts that were."""
+    probe, budget = min(_PROBE, wanted[0]), made.clock.left
+    if made.once(probe) > _ONE_COUNT * budget:  # too slow for more than a line through two points
+        made.once(4 * probe)
+        return [probe, 4 * probe]
+    rate = made.once(probe) / probe  # seconds a token: rather too many
+    most = int(_ONE_COUNT * made.clock.left / rate / 2)
     counts: list[int] = []
     for tokens in wanted if wanted[0] <= most else (max(_LEAST, most // 2), max(2 * _LEAST, most)):
-        if counts and rate * tokens > _ONE_COUNT * clock.left:
+        if counts and rate * tokens > _ONE_COUNT * made.clock.left:
             break
-        once(tokens)
+        made.once(tokens)
         counts.append(tokens)
-        rate = once(tokens) / tokens
-    while clock.left > rate * sum(counts):
+        rate = made.once(tokens) / tokens
+    while made.clock.left > rate * sum(counts):
         for tokens in counts:
-            once(tokens)
+            made.once(tokens)
     return counts
-
-
-def _a_layer(one: Piece, more: Piece) -> float:
-    """Bytes a token and layer that a forward pass keeps on a card; what does not grow with the text falls out."""
-    few, many = _TRACED if one.device.type == "cpu" else tuple(64 * size for size in _TRACED)
-    if one.device.type == "cpu":
-        peaks.as_on_cuda(one.net)
-        peaks.as_on_cuda(more.net)
-    if more.layers == one.layers:
-        return 0.0
-    rise = [piece.kept(many) - piece.kept(few) for piece in (one, more)]
-    return max(0.0, (rise[1] - rise[0]) / (many - few) / (more.layers - one.layers))
-
-
-def _summed(
-    clock: Clock, counts: Sequence[int], between: int, a_layer: float, took: float, gib: float | None
-) -> Calibration:
-    """`between`: layers by which the two models differ; 0 where the base has only one."""
-
-    def a_layer_of(name: str, tokens: int) -> float:
-        if not between:
-            return clock.median(f"one{name}", tokens)
-        return max(0.0, clock.median(f"more{name}", tokens, less=f"one{name}") / between)
-
-    layer = [a_layer_of("", tokens) for tokens in counts]
-    step = a_layer_of(" steps", counts[0])
-    return Calibration(
-        tuple(counts),
-        tuple(layer),
-        tuple(max(0.0, a_layer_of(" again", tokens) - own) for tokens, own in zip(counts, layer, strict=True)),
-        tuple(a_layer_of(" reads", tokens) for tokens in counts),
-        tuple(max(0.0, clock.median("one", tokens) - own) for tokens, own in zip(counts, layer, strict=True)),
-        tuple(clock.median("head", tokens) for tokens in counts),
-        tuple(clock.median("head reads", tokens) for tokens in counts),
-        step,
-        max(0.0, clock.median("one steps", counts[0]) - step),
-        a_layer,
-        took,
-        gib,
-    )
 
 
 def main() -> int:

@@ -183,7 +183,8 @@ def _moments(load: Load) -> Iterator[_Moment]:
     shape, tokens = load.shape, load.tokens
     a_layer, cast, waiting = tokens * layer_bytes(load), 2.0 * load.adapter, 4.0 * load.adapter * load.accumulated
     held = min(tokens, head_tokens(shape.vocabulary))
-    logits = _A_BACKWARD * held * shape.vocabulary + 4.0 * shape.hidden * tokens
+    waits = 4.0 * shape.hidden * tokens if held < tokens else 0.0  # the stream, for the parts whose turn comes later
+    logits = _A_BACKWARD * held * shape.vocabulary + waits
     why = f"where {held:,} tokens x {shape.vocabulary:,} go through the head at once"
     everything = activations(load) + (0.0 if load.checkpointing else cast)
     how = "each layer's input alone, one layer at a time computed again" if load.checkpointing else "of all layers"
@@ -194,7 +195,8 @@ def _moments(load: Load) -> Iterator[_Moment]:
     yield _Moment(everything + again, waiting, back, kept, why.format("the highest"))
     lowest = a_layer + cast / load.layers + 4.0 * shape.hidden * tokens
     kept = f"{tokens:,} tokens a micro-batch, of one layer: the others' are gone"
-    yield _Moment(lowest, 4.0 * load.adapter, back, kept, why.format("the lowest"))
+    others = max(waiting, 4.0 * load.adapter * (1 - 1 / load.layers))
+    yield _Moment(lowest, others, back, kept, why.format("the lowest"))
     step = 4.0 * load.adapter if load.optimizer == "adamw" else 0.0
     yield _Moment(
         0.0, 4.0 * load.adapter, step, "none are left", "in the optimizer's step, for one copy of the adapter"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import bitsandbytes
@@ -50,19 +51,31 @@ class Watched(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.most = max(self.most, self.now)
 
 
-def most(device: torch.device, known: Iterable[Tensor], work: Callable[[], object]) -> int:
-    """Bytes that `work` needs at its peak beside those there before; `known`: tensors there before that it reads."""
+@dataclass(frozen=True)
+class Bytes:
+    """Beside those there before: at the peak, and once it is done and its result still held."""
+
+    most: int
+    kept: int
+
+
+def used(device: torch.device, known: Iterable[Tensor], work: Callable[[], object]) -> Bytes:
+    """What `work` needs; `known`: tensors there before that it reads."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = int(torch.cuda.memory_allocated(device))
         torch.cuda.reset_peak_memory_stats(device)
-        work()
+        result = work()
         torch.cuda.synchronize(device)
-        return int(torch.cuda.max_memory_allocated(device)) - before
+        most, kept = torch.cuda.max_memory_allocated(device), torch.cuda.memory_allocated(device)
+        del result
+        return Bytes(int(most) - before, int(kept) - before)
     watched = Watched(known)
     with watched:
-        work()
-    return watched.most
+        result = work()
+    found = Bytes(watched.most, watched.now)
+    del result
+    return found
 
 
 def held(net: nn.Module) -> Iterator[Tensor]:
@@ -87,6 +100,8 @@ def as_on_cuda(net: Any) -> Any:
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             module.compute_dtype, module.compute_type_is_set = torch.bfloat16, True
             module.weight.quant_state.dtype = torch.bfloat16
-        elif isinstance(module, (nn.Linear, nn.Embedding)) and module.weight.dtype == torch.float32:
-            module.weight.data = module.weight.data.to(torch.bfloat16)
+        elif isinstance(module, (nn.Linear, nn.Embedding)):
+            weight = module.weight
+            if not weight.requires_grad and weight.dtype == torch.float32:
+                weight.data = weight.data.to(torch.bfloat16)
     return net

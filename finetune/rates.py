@@ -25,7 +25,7 @@ from finetune.plan import Plan, _cost
 from finetune.recipe import Recipe
 
 BUDGET = 10.0  # seconds a calibration may measure; loading libraries and making a base come before
-_PATIENCE = 180.0  # seconds after which one is given up
+_PATIENCE = 300.0  # seconds after which one is given up
 _MOST = 40  # records kept
 _FORM = 1  # of a record
 _EPOCHS = 3  # epochs whose micro-batches stand for all: only drawn formats tell them apart

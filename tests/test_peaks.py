@@ -43,4 +43,6 @@ def test_a_tensor_counts_while_it_lives_and_a_view_of_it_never() -> None:
         del first
         torch.ones(700).add_(view.sum())
 
-    assert 2800 <= peaks.most(tiny.CPU, [there], work) < 2900
+    found = peaks.used(tiny.CPU, [there], work)
+    assert 2800 <= found.most < 2900
+    assert found.kept == 0

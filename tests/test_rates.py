@@ -70,7 +70,7 @@ def test_a_calibration_finishes_and_the_next_check_uses_it_but_for_another_rank(
     shape = bases.shape_in(Path("base"))
     assert shape is not None
     load = Load(shape, "nf4", memory.adapter_weights(shape, 4, memory.MATRICES, 4), 4, "adamw", 1, False)
-    assert found.a_layer == pytest.approx(memory.activations(load) / 4, rel=0.05)  # what the bill says without it
+    assert found.a_layer == pytest.approx(memory.activations(load) / 4, rel=0.03)  # what the bill says without it
 
 
 DAMAGE = [b"", b"{", b"[]", b"\xff", b'{"NAME": 1}', b'{"NAME": {}}', b"[" * 5000]

@@ -54,7 +54,7 @@ def tracked(folder: Path, cell: Cell) -> float:
         optimizer.zero_grad()
 
     there = [*peaks.held(net), *state]
-    return (peaks.bytes_of(there) + peaks.most(tiny.CPU, there, step)) / GIB
+    return (peaks.bytes_of(there) + peaks.used(tiny.CPU, there, step).most) / GIB
 
 
 def load_of(folder: Path, cell: Cell) -> Load:
