@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from finetune import bases, disk, model, peaks, train
+from finetune import bases, disk, head, model, peaks
 from finetune.rates import Calibration
 from finetune.slices import Slice
 
@@ -136,7 +136,7 @@ class Head:
         width = self.plain.config.get_text_config().hidden_size
         hidden = torch.randn((tokens, width), device=self.device).requires_grad_(trained)
         with model.working_precision(self.device):
-            return train.token_nll(self.plain, hidden, torch.zeros_like(hidden[:, 0]).long(), trained)[0]
+            return head.token_nll(self.plain, hidden, torch.zeros_like(hidden[:, 0]).long(), trained)[0]
 
 
 class Clock:

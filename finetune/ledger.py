@@ -18,7 +18,7 @@ from finetune import machine, memory, rates, recipe
 from finetune.bases import Known
 from finetune.errors import Problem, UserError
 from finetune.estimate import layers_below
-from finetune.memory import GIB, Load, gib
+from finetune.memory import GIB, Load, Shape, gib
 from finetune.plan import Plan
 from finetune.rates import Calibration, Work
 from finetune.runs import RunFolder
@@ -54,20 +54,19 @@ def cost_facts(
     return [*facts, *(replace(fact, section="Disk and time") for fact in costs)], problems
 
 
-def _load(made: Plan, known: Known, checkpointing: bool, found: Calibration | None = None) -> Load | None:
-    if known.shape is None:
-        return None
+def load_of(made: Plan, shape: Shape, found: Calibration | None = None) -> Load:
+    """What a plan puts on a GPU, no layer computed twice. `found`: measured here."""
     wanted = made.recipe
-    layers = known.shape.layers if wanted.lora.layers == "all" else wanted.lora.layers.top
+    layers = shape.layers if wanted.lora.layers == "all" else wanted.lora.layers.top
     return Load(
-        known.shape,
+        shape,
         wanted.quantization,
-        memory.adapter_weights(known.shape, wanted.lora.rank, wanted.lora.targets, layers),
+        memory.adapter_weights(shape, wanted.lora.rank, wanted.lora.targets, layers),
         layers,
         wanted.optimizer.name,
         made.largest(),
-        checkpointing,
-        _below(made, known.shape.layers, layers),
+        0,
+        _below(made, shape.layers, layers),
         wanted.lora.targets,
         made.largest() < wanted.batch_size * made.longest(),
         (found.a_layer if found else 0) or None,
@@ -82,10 +81,11 @@ def _below(made: Plan, layers: int, trained: int) -> int:
 def _memory(
     made: Plan, known: Known, room: float | None, found: Calibration | None, problems: list[Problem]
 ) -> Iterator[Fact]:
-    kept, again = _load(made, known, False, found), _load(made, known, True, found)
-    if kept is None or again is None:
+    if known.shape is None:
         yield Fact("GPU", None, "unknown", "the base's shape is not known here")
         return
+    kept = load_of(made, known.shape, found)
+    again = replace(kept, recomputed=kept.layers)
     lean = {one.name: one for one in memory.bill(again)}["activations"]
     for line in memory.bill(kept):
         told = f"; {kept.a_layer:,.0f} bytes a token and layer, counted by the calibration" if kept.a_layer else ""
@@ -98,7 +98,7 @@ def _memory(
         why = f"{kept.below} lower layers, their work done once, come back to the device while an answer is written"
         yield Fact("  generating", back, f"+ {gib(back)}", why)
     if room is not None:
-        yield _against(made, room, again if _computed_twice(made, kept, room) else kept, problems)
+        yield _against(made, room, replace(kept, recomputed=_computed_twice(made, kept, room)), problems)
     have = machine.memory_gib()
     host = _HOST + 4.0 * kept.adapter / GIB
     there = "" if have is None else f"; this computer has {gib(have)}"
@@ -109,28 +109,24 @@ def _total(made: Plan, whole: float, least: float) -> Fact:
     asked = made.recipe.machine.activation_checkpointing
     both = {"plain": whole, "checkpointed": least}
     if asked == "auto":
-        why = f"or {gib(least)} with activation checkpointing; auto decides by the free memory when it starts"
+        why = f"or {gib(least)} with activation checkpointing; auto takes as few layers as the free memory asks for"
         return Fact("total", both, gib(whole), why)
     why = f"machine.activation_checkpointing is {str(asked).lower()}; {gib(whole if asked else least)} otherwise"
     return Fact("total", both, gib(least if asked else whole), why)
 
 
-def _computed_twice(made: Plan, load: Load, room: float) -> bool:
-    """Whether activations are, on a card of so many GiB: as the recipe says, or as auto would decide."""
+def _computed_twice(made: Plan, load: Load, room: float) -> int:
+    """How many layers are, on a card of so many GiB: as the recipe says, or as auto would decide."""
     asked = made.recipe.machine.activation_checkpointing
-    if asked != "auto":
-        return asked
-    lines = {line.name: line.gib for line in memory.bill(load)}
-    free = room - lines["base"] - lines["embeddings, head"] - lines["adapter"]
-    return memory.guessed_checkpointing(load.shape, load.tokens, free)
+    return memory.recomputed(load, room) if asked == "auto" else load.layers if asked else 0
 
 
 def _against(made: Plan, room: float, load: Load, problems: list[Problem]) -> Fact:
     """The total against a card; a problem where it would not fit."""
     need, asked = memory.total(load), made.recipe.machine.activation_checkpointing
-    how = f"{gib(need)} {'with' if load.checkpointing else 'without'} activation checkpointing" + (
-        ", as auto would decide" if asked == "auto" else ""
-    )
+    part = f" of {load.recomputed} of {load.layers} layers" if 0 < load.recomputed < load.layers else ""
+    how = f"{gib(need)} {'with' if load.recomputed else 'without'} activation checkpointing{part}"
+    how += ", as auto would decide" if asked == "auto" else ""
     if need > room:
         what = f"{room:g} GiB of GPU memory would not do: about {how} (an estimate)."
         problems.append(Problem(what, _remedy(made, load, room), key=("machine",)))
@@ -155,8 +151,8 @@ def _remedy(made: Plan, load: Load, room: float) -> str:
 
 def savings(made: Plan, load: Load) -> Iterator[tuple[str, Load]]:
     """Settings that save memory, the cheapest first, and the load once it and those before it are set."""
-    if not load.checkpointing:
-        yield "machine.activation_checkpointing: true", (load := replace(load, checkpointing=True))
+    if load.recomputed < load.layers:
+        yield "machine.activation_checkpointing: true", (load := replace(load, recomputed=load.layers))
     if made.largest() > made.longest():
         yield "machine.micro_batch: 1", (load := replace(load, tokens=made.longest(), accumulated=True))
     if load.optimizer == "adamw":
@@ -164,7 +160,7 @@ def savings(made: Plan, load: Load) -> Iterator[tuple[str, Load]]:
     if load.quantization != "nf4":
         yield "quantization: nf4", (load := replace(load, quantization="nf4", a_layer=None))
     if load.layers > _FEW:
-        fewer = replace(load, layers=_FEW, adapter=load.adapter * _FEW // load.layers)
+        fewer = replace(load, layers=_FEW, recomputed=_FEW, adapter=load.adapter * _FEW // load.layers)
         below = _below(made, load.shape.layers, _FEW)
         yield f"lora.layers: {{top: {_FEW}}}", (load := replace(fewer, below=below))
     half = load.tokens // 2
@@ -173,7 +169,8 @@ def savings(made: Plan, load: Load) -> Iterator[tuple[str, Load]]:
 
 def _disk(made: Plan, known: Known) -> Iterator[Fact]:
     limit = made.recipe.watch.keep.max_gib
-    if (load := _load(made, known, False)) is not None:
+    load = load_of(made, known.shape) if known.shape else None
+    if load is not None:
         looks = len(made.looks.light) + len(made.looks.full)
         adapter = 4.0 * load.adapter / GIB
         state = next(line.gib for line in memory.bill(load) if line.name == "optimizer")
@@ -209,7 +206,7 @@ def _minutes(made: Plan, known: Known, room: float | None, found: Calibration | 
     """By an earlier run here if there is one, else by a calibration, else a guess."""
     tokens = sum(len(item.ids) for item in made.epochs.order(0)) * made.recipe.epochs
     looks = "; looks are not in it"
-    load = _load(made, known, False)
+    load = load_of(made, known.shape) if known.shape else None
     if run := measured(made.recipe):
         folder, rate = run
         why = f"{tokens:,} tokens at {rate:,.0f} a second, measured in {folder}{looks}"
@@ -221,7 +218,9 @@ def _minutes(made: Plan, known: Known, room: float | None, found: Calibration | 
     else:
         small = load.shape.weights < _SMALL
         again = not small and made.recipe.machine.activation_checkpointing is not False
-        seconds = memory.training_flops(replace(load, checkpointing=again), tokens) / (_CPU if small else _CARD)
+        seconds = memory.training_flops(replace(load, recomputed=load.layers if again else 0), tokens) / (
+            _CPU if small else _CARD
+        )
         at = f"{_CPU / 1e9:g} GFLOP/s, two CPU cores" if small else f"{_CARD / 1e12:g} TFLOP/s, a consumer card"
         why = f"a guess: {tokens:,} tokens at {at}{looks}; `sft check --calibrate` measures this machine in 10 seconds"
         yield Fact("time", seconds / 60, f"~ {_time(seconds / 60)}", why)
@@ -231,9 +230,9 @@ def _calibrated(made: Plan, load: Load, room: float | None, found: Calibration) 
     """Of the whole night, and its parts."""
     on_card = room or found.card_gib if found.card_gib else None  # on a CPU nothing is computed twice by itself
     asked = made.recipe.machine.activation_checkpointing
-    again = asked is True or (on_card is not None and _computed_twice(made, load, on_card))
+    again = load.layers if asked is True else 0 if on_card is None else _computed_twice(made, load, on_card)
     read = load.shape.layers - load.layers - load.below
-    work = Work(load.layers, read, load.layers if again else 0, load.below)
+    work = Work(load.layers, read, again, load.below)
     parts = {
         "training": rates.training_seconds(made, work, found) / 60,
         "looks": rates.looking_seconds(made, work, found) / 60,
@@ -244,7 +243,7 @@ def _calibrated(made: Plan, load: Load, room: float | None, found: Calibration) 
         why += "; longer ones by their slope"
     yield Fact("time", sum(parts.values()), _time(sum(parts.values())), why)
     reasons = {
-        "training": f"{made.length.total:,} steps" + (", activations computed twice" if again else ""),
+        "training": f"{made.length.total:,} steps" + (f", {again} layers computed twice" if again else ""),
         "looks": "the base's included; what writing an answer takes is a guess",
         "lower layers": f"{load.below} of them, once",
     }

@@ -6,14 +6,14 @@ It loads, attaches and fills; it trains nothing and writes one line of run.json:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
 
-from finetune import bases, memory, model, prefix, runs, slices, train
+from finetune import bases, ledger, memory, model, prefix, runs, slices, train
 from finetune.estimate import layers_below
-from finetune.headroom import Headroom
 from finetune.machine import Derived
 from finetune.plan import Plan
 from finetune.recipe import Recipe
@@ -79,18 +79,16 @@ def _shortened(
     return short
 
 
-def headroom(wanted: Recipe, loaded: Loaded) -> Headroom:
-    """How much of a micro-batch's activations fits: all where nobody asks, none where they shall be computed twice.
+def twice(made: Plan, loaded: Loaded) -> Callable[[int], int]:
+    """How many layers' activations are computed twice, by the tokens of a micro-batch.
 
-    On CUDA `auto` takes what is free once gradients and optimizer are there, a tenth less: blocks are never all of use.
+    None on a CPU, unless the recipe says so. On CUDA `auto` takes as few as fit what is free once the base is there,
+    by the bill that `sft check` shows; of an unknown shape none, until memory runs out.
     """
-    asked, shape = wanted.machine.activation_checkpointing, bases.shape_in(loaded.base.folder)
-    layers = len(model.trained_layers(loaded.model))
-    if asked != "auto" or not torch.cuda.is_available():
-        return Headroom(layers, room=0.0 if asked is True else None)
-    hidden = int(loaded.model.config.get_text_config().hidden_size)
-    kept = memory.layer_bytes(shape) if shape else float(memory.KEPT_BYTES * hidden)
-    trained = sum(weight.numel() for weight in model.adapter_weights(loaded.model).values())
-    state = (4 + memory.OPTIMIZER[wanted.optimizer.name]) * trained
-    room = 0.9 * torch.cuda.mem_get_info()[0] - state - 2 * memory.HEAD_BYTES
-    return Headroom(layers, kept, 4.0 * hidden, max(room, 0.0))
+    asked, layers = made.recipe.machine.activation_checkpointing, len(model.trained_layers(loaded.model))
+    shape = bases.shape_in(loaded.base.folder)
+    if asked != "auto" or shape is None or not torch.cuda.is_available():
+        return lambda _tokens: layers if asked is True else 0
+    load = ledger.load_of(made, shape)
+    room = memory.standing(load) + torch.cuda.mem_get_info()[0] / memory.GIB
+    return cache(lambda tokens: memory.recomputed(replace(load, tokens=tokens), room))

@@ -7,10 +7,9 @@ counted for a GPU in bf16; GiB is 2^30 bytes.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 GIB = 2**30
-KEPT_BYTES = 68  # a hidden unit, layer and token, where no activation is computed twice: a guess
 # nf4, double quantised [Dettmers et al. 2023]: 4 bits, one byte for 64 weights, one fp32 for 256 of those bytes
 BYTES_A_WEIGHT = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0, "none": 2.0}
 OPTIMIZER = {"adamw": 8.0, "adamw_8bit": 2.0, "paged_adamw_8bit": 2.0}  # bytes a trained weight: two moments
@@ -82,11 +81,11 @@ def adapter_weights(shape: Shape, rank: int, targets: Sequence[str], layers: int
 
 @dataclass(frozen=True)
 class Load:
-    """What a training puts on a GPU. `tokens`: of the largest micro-batch, padding included.
+    """What a training puts on a GPU. `tokens`: of the largest micro-batch; nothing is padded.
 
-    `layers`: those with an adapter. `below`: lower ones whose work is done once, before training. `accumulated`: a step
-    has several micro-batches, so gradients wait while the next one is computed. `a_layer`: measured bytes kept a token
-    and layer, where somebody did.
+    `layers`: those with an adapter; `recomputed`: of these the lowest, whose activations are computed twice. `below`:
+    lower ones whose work is done once, before training. `accumulated`: a step has several micro-batches, so gradients
+    wait while the next one is computed. `a_layer`: measured bytes kept a token and layer, where somebody did.
     """
 
     shape: Shape
@@ -95,7 +94,7 @@ class Load:
     layers: int
     optimizer: str
     tokens: int
-    checkpointing: bool
+    recomputed: int
     below: int = 0
     targets: tuple[str, ...] = MATRICES
     accumulated: bool = False
@@ -176,7 +175,7 @@ class _Moment:
 
 
 def _moments(load: Load) -> Iterator[_Moment]:
-    """Those that may need most: the backward of the head, of the highest layer, of the lowest; AdamW's own step.
+    """Those that may need most: the backward of the head, of three layers or two, and AdamW's own step.
 
     On the way down activations go and gradients come, both evenly, so that nothing between is larger.
     """
@@ -186,13 +185,16 @@ def _moments(load: Load) -> Iterator[_Moment]:
     waits = 4.0 * shape.hidden * tokens if held < tokens else 0.0  # the stream, for the parts whose turn comes later
     logits = _A_BACKWARD * held * shape.vocabulary + waits
     why = f"where {held:,} tokens x {shape.vocabulary:,} go through the head at once"
-    everything = activations(load) + (0.0 if load.checkpointing else cast)
-    how = "each layer's input alone, one layer at a time computed again" if load.checkpointing else "of all layers"
-    kept = f"{tokens:,} tokens a micro-batch, {how}"
+    upper = load.layers - load.recomputed
+    everything = activations(load) + cast * upper / load.layers
+    kept = f"{tokens:,} tokens a micro-batch, {_how(load)}"
     yield _Moment(everything, waiting, logits, kept, why)
-    again = a_layer + cast / load.layers if load.checkpointing else 0.0
+    again = a_layer + cast / load.layers if load.recomputed else 0.0
     back, why = _layer_backward(load), f"in the backward of {{}} layer; {_unpacked(load)}"
-    yield _Moment(everything + again, waiting, back, kept, why.format("the highest"))
+    yield _Moment(everything + (0.0 if upper else again), waiting, back, kept, why.format("the highest"))
+    if upper and load.recomputed:
+        inputs, done = activations(replace(load, layers=load.recomputed)), 4.0 * load.adapter * upper / load.layers
+        yield _Moment(inputs + again, max(waiting, done), back, kept, why.format("the highest computed twice"))
     lowest = a_layer + cast / load.layers + 4.0 * shape.hidden * tokens
     kept = f"{tokens:,} tokens a micro-batch, of one layer: the others' are gone"
     others = max(waiting, 4.0 * load.adapter * (1 - 1 / load.layers))
@@ -204,9 +206,27 @@ def _moments(load: Load) -> Iterator[_Moment]:
 
 
 def activations(load: Load) -> float:
-    """Bytes kept for the backward pass: of all layers in full or, with checkpointing, the fp32 input of each."""
-    full = 4.0 * load.shape.hidden if load.checkpointing else layer_bytes(load)
-    return load.tokens * (full * load.layers + 8.0 * load.shape.head)  # and the angles of all positions
+    """Bytes kept for the backward pass: of layers in full or, where computed twice, the fp32 input of each."""
+    kept = layer_bytes(load) * (load.layers - load.recomputed) + 4.0 * load.shape.hidden * load.recomputed
+    return load.tokens * (kept + 8.0 * load.shape.head)  # and the angles of all positions
+
+
+def _how(load: Load) -> str:
+    if load.recomputed in (0, load.layers):
+        return "each layer's input alone, one layer at a time computed again" if load.recomputed else "of all layers"
+    return f"of the upper {load.layers - load.recomputed} layers; of the others the input alone, computed again"
+
+
+def recomputed(load: Load, room: float) -> int:
+    """Layers that must be computed twice to fit `room` GiB: as few as do, all of them where nothing does."""
+    counts = range(load.layers + 1)
+    return next((count for count in counts if total(replace(load, recomputed=count)) <= room), load.layers)
+
+
+def standing(load: Load) -> float:
+    """GiB of what is there before the first step: weights, adapter, CUDA itself."""
+    there = ("base", "embeddings, head", "adapter", "CUDA")
+    return sum(line.gib for line in bill(load) if line.name in there)
 
 
 def layer_bytes(load: Load) -> float:
@@ -248,11 +268,6 @@ def _largest(shape: Shape) -> int:
     return max(a * b for a, b in shape.matrices.values())
 
 
-def guessed_checkpointing(shape: Shape, tokens: int, free_gib: float) -> bool:
-    """What `auto` is likely to choose with so much memory free: the rule of `model.needs_checkpointing`."""
-    return KEPT_BYTES * shape.hidden * shape.layers * tokens > free_gib * GIB / 2
-
-
 def lower_layers(load: Load) -> float:
     """GiB of the lower layers, which come back to the device whenever a text is generated."""
     return (load.shape.in_layers - load.frozen) * BYTES_A_WEIGHT[load.quantization] / GIB
@@ -265,7 +280,8 @@ def prefix(load: Load, tokens: int) -> float:
 
 def training_flops(load: Load, tokens: int) -> float:
     """Of a frozen base: 2 a weight and token forward, 2 backward, 2 more where the forward is done again."""
-    return (6.0 if load.checkpointing else 4.0) * (load.frozen + load.shape.outside) * tokens
+    again = 2.0 * load.recomputed / load.layers
+    return (4.0 + again) * (load.frozen + load.shape.outside) * tokens
 
 
 def short(count: float) -> str:

@@ -293,7 +293,7 @@ def _job(task: Task, made: Plan, vigil: Vigil, loaded: Loaded, work: Path) -> Jo
         base_name=loaded.base.name,
         work=work,
         new_checkpoint=vigil.new_checkpoint,
-        headroom=loading.headroom(task.recipe, loaded),
+        twice=loading.twice(made, loaded),
         listen=vigil.listen,
     )
 

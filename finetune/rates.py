@@ -11,7 +11,7 @@ import json
 import subprocess
 import sys
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -178,21 +178,10 @@ class Work:
     filled: int
 
 
-def micro_batches(made: Plan, epoch: int) -> list[list[int]]:
-    """Of each step its micro-batches' tokens."""
-    sizes = [len(item.ids) for item in made.epochs.order(epoch)]
-    steps = [sizes[at : at + made.recipe.batch_size] for at in range(0, len(sizes), made.recipe.batch_size)]
-    return [[len(part) * max(part) for part in _parts(step, made.micro_batch)] for step in steps]
-
-
-def _parts(step: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    yield from (step[at : at + size] for at in range(0, len(step), size))
-
-
 def range_of(made: Plan) -> list[int]:
     """Token counts worth measuring: the smallest micro-batch of an epoch, the largest, one between."""
-    sizes = [tokens for step in micro_batches(made, 0) for tokens in step]
-    low, high = min(sizes), max(*sizes, made.micro_batch * made.longest())
+    sizes = [tokens for step in made.micro_batches(0) for tokens in step]
+    low, high = min(sizes), max(*sizes, made.largest())
     return sorted({low, round((low * high) ** 0.5), high})
 
 
@@ -203,7 +192,7 @@ def training_seconds(made: Plan, work: Work, by: Calibration) -> float:
     share = sum(item.supervised for item in items) / sum(len(item.ids) for item in items)
     total = 0.0
     for epoch in epochs:
-        total += sum(step_seconds(step, share, work, by) for step in micro_batches(made, epoch))
+        total += sum(step_seconds(step, share, work, by) for step in made.micro_batches(epoch))
     return total * made.recipe.epochs / len(epochs)
 
 

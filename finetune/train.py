@@ -16,7 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,7 +32,6 @@ from finetune.batches import Epochs, Item, Packing
 from finetune.errors import refuse
 from finetune.estimate import Length, lr_factor
 from finetune.head import supervised, token_nll
-from finetune.headroom import Headroom
 from finetune.model import (
     adapter_weights,
     assert_fp32_adapter,
@@ -99,12 +98,12 @@ class Job:
     length: Length
     batch_size: int
     packing: Packing
-    headroom: Headroom
     seed: int
     base_name: str
     work: Path  # scratch of the library; nothing of value is written there
     new_checkpoint: Callable[[int], AbstractContextManager[Path]]
     listen: Listen | None = None
+    twice: Callable[[int], int] = lambda _tokens: 0  # lower layers that compute a micro-batch of so many tokens twice
 
 
 class Collator:
@@ -146,7 +145,7 @@ class NightTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped
 
     def __init__(self, model: Any, tokenizer: Any, job: Job, watcher: Watcher) -> None:
         self._job, self._watcher = job, watcher
-        self._packing, self._headroom = job.packing, job.headroom
+        self._packing, self._twice = job.packing, job.twice
         self.progress = Progress()
         self._said: list[tuple[list[Item], list[int], Tensor, Tensor]] = []
         self._collator = Collator(job.epochs)
@@ -210,7 +209,7 @@ class NightTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped
 
     def _nll(self, pack: Sequence[Item]) -> Tensor:
         """-log p of the supervised tokens of a micro-batch, text after text; no other position reaches the head."""
-        twice = self._headroom.recomputed(sum(len(item.ids) for item in pack))
+        twice = self._twice(sum(len(item.ids) for item in pack))
         for depth, layer in enumerate(self._trained):
             layer.gradient_checkpointing = depth < twice
         plain, (at, labels) = bare(self.model), supervised(pack, self.args.device)
@@ -222,8 +221,8 @@ class NightTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped
 
     def _made_room(self, items: Sequence[Item]) -> bool:
         """Whether memory that ran out may do if less is kept from now on; what the failed try left is dropped."""
-        if self._headroom.room != 0.0:
-            self._headroom, what = replace(self._headroom, room=0.0), "activations are computed twice"
+        if self._twice(1) < (layers := len(self._trained)):
+            self._twice, what = lambda _tokens: layers, "activations are computed twice"
         elif len(self._packing.packs(items)) < len(items):
             self._packing, what = Packing(texts=1), "micro-batches are of one text"
         else:

@@ -24,7 +24,7 @@ FLOORS = (
     "jinjaform modelfile",
     "presets",
     "wardrobe replay evidence forgotten trend",
-    "plan headroom slices depot orders inventory signs heard bundle varlen peaks",
+    "plan slices depot orders inventory signs heard bundle varlen peaks",
     "packed rates",
     "model lots",
     "head",

@@ -25,6 +25,7 @@ CELLS = [
     Cell(4, 96, 1, False, "int8"),
     Cell(16, 64, 1, False, micro=2),
     Cell(64, 16, 1, True),
+    Cell(8, 96, 1, False, twice=1),
 ]
 
 

@@ -23,7 +23,6 @@ from trl import SFTConfig, SFTTrainer
 from datasets import Dataset
 from finetune import estimate, head, model, night, orders, plan, prompts, recipe, runs, train, varlen
 from finetune.batches import Item
-from finetune.headroom import Headroom
 from finetune.model import LoraShape
 from finetune.screen import Screen
 from finetune.speak import Speaker
@@ -243,25 +242,25 @@ def test_stochastic_depth_skips_only_while_training(base: Path) -> None:
 @pytest.mark.parametrize("depth", [0.0, 0.5])
 def test_activation_checkpointing_gives_the_same_loss(base: Path, tmp_path: Path, depth: float) -> None:
     told = []
-    for room in (None, 0.0):
+    for count in (0, 2):
         net = tiny.adapted(base)
         if depth:
             train.add_stochastic_depth(net, depth)
-        job = tiny.job(tmp_path, tiny.texts([12, 20, 31]), 6, headroom=Headroom(2, room=room))
+        job = tiny.job(tmp_path, tiny.texts([12, 20, 31]), 6, twice=lambda _tokens, count=count: count)
         with counted(net) as found:
             _, rows = tiny.trained(base, job, net)
         told.append(([row["loss"] for row in rows], [row["grad_norm"] for row in rows]))
-        assert (found["inside"] > 6) == (room == 0.0)  # a skipped layer is not computed again
+        assert (found["inside"] > 6) == (count == 2)  # a skipped layer is not computed again
     assert told[0][0] == pytest.approx(told[1][0], rel=1e-6)
     assert told[0][1] == pytest.approx(told[1][1], rel=1e-5)
 
 
 def test_only_what_does_not_fit_is_computed_twice(base: Path, tmp_path: Path) -> None:
     net = tiny.adapted(base)
-    room = Headroom(2, kept=10.0, stream=1.0, room=250.0)
-    assert [room.recomputed(tokens) for tokens in (12, 20, 31)] == [0, 1, 2]
     with counted(net) as found:
-        tiny.trained(base, tiny.job(tmp_path, tiny.texts([12, 20, 31]), 3, headroom=room), net)
+        tiny.trained(
+            base, tiny.job(tmp_path, tiny.texts([12, 20, 31]), 3, twice={12: 0, 20: 1, 31: 2}.__getitem__), net
+        )
     assert found["base"] == 3
     assert found["inside"] == 3 + 2  # of the lowest layer: again for the two longer texts
 
@@ -302,7 +301,7 @@ def test_out_of_memory_keeps_less_and_goes_on_with_the_same_loss(
 def test_memory_that_will_never_do_is_told(base: Path, tmp_path: Path) -> None:
     net = tiny.adapted(base)
     Cramped(net, 30)
-    with pytest.warns(UserWarning, match="of one text"), pytest.raises(torch.OutOfMemoryError):
+    with pytest.warns(UserWarning, match="from here on"), pytest.raises(torch.OutOfMemoryError):
         tiny.trained(base, tiny.job(tmp_path, tiny.texts([12, 31]), 2, 2), net)
 
 

@@ -24,7 +24,6 @@ from transformers import (
 from finetune import model, train
 from finetune.batches import Epochs, Item, Packing
 from finetune.estimate import Length, steps_per_epoch
-from finetune.headroom import Headroom
 from finetune.recipe import Optimizer
 from finetune.train import Job, Progress
 
@@ -113,9 +112,9 @@ def job(folder: Path, items: Sequence[Item], steps: int, batch_size: int = 1, **
     epochs = Epochs(lambda *key: keyed[key], list(names), lambda _epoch, one: names[one], 0, "never", batch_size)
     optimizer: Mapping[str, Any] = {"learning_rate": 1e-3, **changes.pop("optimizer", {})}
     length = Length(steps_per_epoch(epochs.size, batch_size), steps, optimizer.get("warmup_steps", 0))
-    packing, headroom = Packing(texts=changes.pop("micro_batch", None)), Headroom(2)
+    packing = Packing(texts=changes.pop("micro_batch", None))
     settings = Optimizer(**optimizer)
-    made = Job(epochs, settings, length, batch_size, packing, headroom, 0, "tiny", folder / "work", nowhere)
+    made = Job(epochs, settings, length, batch_size, packing, 0, "tiny", folder / "work", nowhere)
     return replace(made, **changes)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import tiny
 import torch
 
-from finetune import bases, memory, model, peaks, train
+from finetune import bases, head, memory, model, peaks
 from finetune.memory import GIB, Load
 
 ABSENT = ("CUDA", "margin")  # lines of the bill that no CPU can show
@@ -16,7 +16,7 @@ ABSENT = ("CUDA", "margin")  # lines of the bill that no CPU can show
 
 @dataclass(frozen=True)
 class Cell:
-    """One of the grid. `micro`: micro-batches of a step."""
+    """One of the grid. `micro`: micro-batches of a step; `twice`: lower layers alone that are computed twice."""
 
     rank: int
     length: int
@@ -24,14 +24,17 @@ class Cell:
     checkpointing: bool
     quantization: str = "nf4"
     micro: int = 1
+    twice: int = 0
 
 
 def tracked(folder: Path, cell: Cell) -> float:
     """GiB of all tensors at the peak of the second step, the first one's optimizer state included."""
     shape = model.LoraShape(cell.rank, cell.rank, 0.0, tiny.ALL)
     net = model.attach(peaks.as_on_cuda(model.load_base(folder, cell.quantization, tiny.CPU)), shape, 0)
-    if cell.checkpointing:
+    if cell.checkpointing or cell.twice:
         net.activation_checkpointing_enable({"use_reentrant": False})
+    for depth, layer in enumerate(model.trained_layers(net)):
+        layer.gradient_checkpointing = cell.checkpointing or depth < cell.twice
     plain, weights = model.bare(net), [*model.adapter_weights(net).values()]
     optimizer = torch.optim.AdamW(weights, 1e-4, foreach=True)  # as on CUDA
     for weight in weights:
@@ -45,7 +48,7 @@ def tracked(folder: Path, cell: Cell) -> float:
         for _ in range(cell.micro):
             with torch.autocast("cpu", torch.bfloat16):
                 hidden = plain.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
-                nll, _ = train.token_nll(plain, hidden.reshape(-1, hidden.shape[-1]), ids[:, 1:].reshape(-1))
+                nll, _ = head.token_nll(plain, hidden.reshape(-1, hidden.shape[-1]), ids[:, 1:].reshape(-1))
                 loss = nll.sum() / nll.numel()
                 del hidden
             torch.autograd.backward(loss)
@@ -61,7 +64,8 @@ def load_of(folder: Path, cell: Cell) -> Load:
     shape = bases.shape_in(folder)
     assert shape is not None
     adapter = memory.adapter_weights(shape, cell.rank, memory.MATRICES, shape.layers)
-    load = Load(shape, cell.quantization, adapter, shape.layers, "adamw", cell.batch * cell.length, cell.checkpointing)
+    twice = shape.layers if cell.checkpointing else cell.twice
+    load = Load(shape, cell.quantization, adapter, shape.layers, "adamw", cell.batch * cell.length, twice)
     return replace(load, accumulated=cell.micro > 1)
 
 

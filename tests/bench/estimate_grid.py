@@ -122,7 +122,7 @@ def compared(folder: Path, cell: Cell) -> tuple[float, float]:
     watcher = Between(rig, [128, 512] if tokens == 320 else [tokens])
     net = tiny.adapted(folder, "nf4", model.LoraShape(cell.rank, cell.rank, 0.0, tiny.ALL))
     items = tiny.texts([cell.length] * cell.batch)
-    work = tiny.job(folder, items, STEPS, cell.batch, checkpointing=cell.checkpointing)
+    work = tiny.job(folder, items, STEPS, cell.batch, twice=lambda _tokens: layers if cell.checkpointing else 0)
     train.train(net, folder, work, watcher)
     layers = int(config["num_hidden_layers"])
     by = rig.found(watcher.counts, 0.0)
