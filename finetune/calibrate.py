@@ -28,12 +28,12 @@ from finetune import bases, disk, head, model, peaks
 from finetune.rates import Calibration
 from finetune.slices import Slice
 
-_WEIGHTS, _LAYERS = 5e7, 8  # small layers are measured several at once, or their difference drowns in noise
+_WEIGHTS, _LAYERS = 5e7, 4  # small layers are measured several at once, or their difference drowns in noise
 _NOISE = 2**20  # random weights that are repeated all over: drawing billions takes longer than measuring them
 _PROBE = 8  # tokens of the first, cheap pass
 _TRACED = (8, 24)  # tokens of the passes whose memory is watched
 _ONE_COUNT = 0.4  # of the time left that the first passes of one token count may take
-_LEAST = 8  # tokens
+_SPECK = 1e-6  # seconds a token that no machine is faster than
 
 
 def random_base(config: Mapping[str, Any], layers: int, folder: Path) -> Path:
@@ -63,17 +63,18 @@ def _filled(weight: Tensor, noise: Tensor) -> Tensor:
 
 @dataclass
 class Piece:
-    """Some layers with an adapter, and what is done with them."""
+    """Some layers with an adapter, and what is done with them. `rows`: texts of a micro-batch."""
 
     net: Any
     layers: int
     device: torch.device
     optimizer: Any
+    rows: int = 1
 
     def hidden(self, tokens: int) -> Tensor:
-        """(tokens, hidden) of a text of zeros."""
-        ids = torch.zeros((1, tokens), dtype=torch.long, device=self.device)
-        last: Tensor = model.bare(self.net).get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0]
+        """(rows, tokens / rows, hidden) of texts of zeros: attention looks at one's own text alone."""
+        ids = torch.zeros((self.rows, max(1, tokens // self.rows)), dtype=torch.long, device=self.device)
+        last: Tensor = model.bare(self.net).get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
         return last
 
     def training(self, tokens: int) -> None:
@@ -113,7 +114,7 @@ def _piece(folder: Path, part: Slice, asked: Mapping[str, Any], device: torch.de
     net = model.attach(model.load_base(folder, asked["quantization"], device, part), shape, 0)
     kinds = {"adamw_8bit": bitsandbytes.optim.AdamW8bit, "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit}
     kind = kinds.get(asked["optimizer"], torch.optim.AdamW) if device.type == "cuda" else torch.optim.AdamW
-    return Piece(net, part.stop, device, kind(model.adapter_weights(net).values(), 1e-9))
+    return Piece(net, part.stop, device, kind(model.adapter_weights(net).values(), 1e-9), asked["rows"])
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,10 @@ class Clock:
         self._wait()
         self.took[name, tokens].append(self._now() - began)
         return self.took[name, tokens][-1]
+
+    def last(self, tokens: int) -> float:
+        """Of the last round at one token count, all pieces together."""
+        return sum(took[-1] for (_, count), took in self.took.items() if count == tokens)
 
     def _wait(self) -> None:
         if self._device.type == "cuda":
@@ -270,16 +275,17 @@ def _rounds(made: Rig, wanted: Sequence[int]) -> list[int]:
     if made.once(probe) > _ONE_COUNT * budget:  # too slow for more than a line through two points
         made.once(4 * probe)
         return [probe, 4 * probe]
-    rate = made.once(probe) / probe  # seconds a token: rather too many
-    most = int(_ONE_COUNT * made.clock.left / rate / 2)
+    last, cost = 0, 0.0
+    slope = made.once(probe) / probe  # seconds a token: rather too many, until two counts tell
     counts: list[int] = []
-    for tokens in wanted if wanted[0] <= most else (max(_LEAST, most // 2), max(2 * _LEAST, most)):
-        if counts and rate * tokens > _ONE_COUNT * made.clock.left:
+    for tokens in wanted:
+        most = int(last + (_ONE_COUNT * made.clock.left - cost) / max(slope, _SPECK))
+        if min(tokens, most) < last * 3 // 2 and counts:
             break
-        made.once(tokens)
-        counts.append(tokens)
-        rate = made.once(tokens) / tokens
-    while made.clock.left > rate * sum(counts):
+        took = made.once(now := max(probe, min(tokens, most)))
+        slope, last, cost = (took - cost) / (now - last), now, took
+        counts.append(now)
+    while made.clock.left > sum(made.clock.last(tokens) for tokens in counts):
         for tokens in counts:
             made.once(tokens)
     return counts

@@ -106,7 +106,7 @@ def _source(draft: Draft) -> Source | None:
 
 def _rates(made: Plan, known: Known, calibrate: bool, warnings: list[Problem]) -> Calibration | None:
     """What was measured on this machine, now or before; a calibration that fails is a warning."""
-    if (asked := rates.request(made.recipe, known)) is None:
+    if (asked := rates.request(made, known)) is None:
         return None
     if calibrate:
         found = rates.calibrate(asked, rates.range_of(made))

@@ -22,7 +22,6 @@ from finetune.bases import Known
 from finetune.errors import Problem
 from finetune.memory import Shape
 from finetune.plan import Plan, _cost
-from finetune.recipe import Recipe
 
 BUDGET = 10.0  # seconds a calibration may measure; loading libraries and making a base come before
 _PATIENCE = 300.0  # seconds after which one is given up
@@ -59,14 +58,16 @@ class Calibration:
     card_gib: float | None = None
 
 
-def request(wanted: Recipe, known: Known) -> dict[str, Any] | None:
+def request(made: Plan, known: Known) -> dict[str, Any] | None:
     """What is measured: all that decides how fast a layer is. None of a base nobody knows anything of."""
+    wanted = made.recipe
     config = known.config or (_config(known.shape) if known.shape else None)
     if config is None:
         return None
     lora = wanted.lora
     adapter = {"rank": lora.rank, "targets": list(lora.targets), "dropout": lora.dropout}
-    return {"config": dict(config), "quantization": wanted.quantization, "optimizer": wanted.optimizer.name, **adapter}
+    work = {"quantization": wanted.quantization, "optimizer": wanted.optimizer.name, "rows": made.micro_batch}
+    return {"config": dict(config), **work, **adapter}
 
 
 def _config(shape: Shape) -> dict[str, Any]:

@@ -37,8 +37,8 @@ def sft(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp
 
 
 def asked() -> dict[str, Any]:
-    wanted = recipe.load("r.yaml")
-    found = rates.request(wanted, bases.look_up(wanted.base))
+    made = plan.make(recipe.load("r.yaml"), Path("base"))
+    found = rates.request(made, bases.look_up(made.recipe.base))
     assert found is not None
     return found
 
