@@ -66,7 +66,11 @@ def request(made: Plan, known: Known) -> dict[str, Any] | None:
         return None
     lora = wanted.lora
     adapter = {"rank": lora.rank, "targets": list(lora.targets), "dropout": lora.dropout}
-    work = {"quantization": wanted.quantization, "optimizer": wanted.optimizer.name, "rows": made.micro_batch}
+    work = {
+        "quantization": wanted.quantization,
+        "optimizer": wanted.optimizer.name,
+        "rows": made.largest() // made.longest(),
+    }
     return {"config": dict(config), **work, **adapter}
 
 

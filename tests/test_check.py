@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -195,16 +196,20 @@ def test_well_known_shapes_have_their_published_sizes() -> None:
 
 def test_a_seven_b_in_four_bits_fits_twelve_gib_only_when_checkpointed() -> None:
     shape = memory.WELL_KNOWN["mistral-7b-v0.1"]
-    loads = [Load(shape, "nf4", 41_943_040, 32, "adamw", 2048, again) for again in (False, True)]
+    loads = [Load(shape, "nf4", 41_943_040, 32, "adamw", 2048, again) for again in (0, 32)]
     plain, again = (sum(line.gib for line in memory.bill(load)) for load in loads)
     assert again < 10 < 12 < plain
+    few = memory.recomputed(loads[0], 12.0)
+    assert 0 < few < 32
+    assert memory.total(replace(loads[0], recomputed=few)) <= 12 < memory.total(replace(loads[0], recomputed=few - 1))
+    assert memory.recomputed(loads[0], 3.0) == 32
     base = memory.bill(loads[0])[0].gib
     assert base == pytest.approx(6_979_321_856 * (4 + 0.127) / 8 / 2**30, rel=1e-3)  # 0.127 bits [QLoRA]
 
 
 def test_what_lies_below_the_trained_layers_is_neither_held_nor_computed() -> None:
     shape = memory.WELL_KNOWN["mistral-7b-v0.1"]
-    loads = [Load(shape, "nf4", 10_485_760, 8, "adamw", 1024, True, below) for below in (0, 24)]
+    loads = [Load(shape, "nf4", 10_485_760, 8, "adamw", 1024, 8, below) for below in (0, 24)]
     whole, short = ({line.name: line.gib for line in memory.bill(load)} for load in loads)
     assert short["base"] == pytest.approx(whole["base"] / 4)
     assert sum(short.values()) < 3 < sum(whole.values())

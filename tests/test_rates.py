@@ -158,7 +158,7 @@ def test_a_cache_that_cannot_be_written_keeps_nothing_and_says_nothing(sft: pape
 def test_a_night_is_its_micro_batches_and_steps(sft: paper.Door) -> None:
     made = plan.make(recipe.load("r.yaml"), Path("base"))
     tokens = [len(item.ids) for item in made.epochs.order(0)]
-    assert rates.micro_batches(made, 0) == [[one] for one in tokens]
+    assert made.micro_batches(0) == [[one] for one in tokens]
     work = Work(trained=4, read=0, again=0, filled=0)
     wanted = sum(sum(len(item.ids) for item in made.epochs.order(epoch)) for epoch in (0, 4, 9)) * 10 / 3 * 4 / 100
     steps = 40 * rates._TRAINER
