@@ -10,7 +10,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -64,17 +63,11 @@ class Files:
     def get_output_embeddings(self) -> Any:
         return self.outside.get_output_embeddings()
 
-    def get_decoder(self) -> Any:
-        """Padded ids (B, T) to what was kept of them, (B, T, hidden)."""
-
-        def read(input_ids: Tensor, attention_mask: Tensor, use_cache: bool = False) -> SimpleNamespace:
-            rows = [tuple(ids[seen > 0].tolist()) for ids, seen in zip(input_ids, attention_mask, strict=True)]
-            self.learn(rows)
-            hidden = [self.kept[row] for row in rows]
-            padded = torch.nn.utils.rnn.pad_sequence(hidden, batch_first=True).to(self.device)
-            return SimpleNamespace(last_hidden_state=padded)
-
-        return read
+    def hidden(self, texts: Sequence[Sequence[int]]) -> Tensor:
+        """What was kept of texts, one after another, (sum of lengths, hidden)."""
+        rows = [tuple(ids) for ids in texts]
+        self.learn(rows)
+        return torch.cat([self.kept[row] for row in rows]).to(self.device)
 
     def parameters(self) -> Any:
         yield torch.empty(0, device=self.device)
@@ -89,7 +82,9 @@ class Files:
 def speaker(files: Files, tokenizer: Tokenizer, texts: Sequence[Ids]) -> Speaker:
     """A speaker for files that scores these texts, and others at the cost of loading every layer again."""
     files.learn(texts)
-    return Speaker(files, tokenizer, None)
+    made = Speaker(files, tokenizer, None)
+    made.hidden = lambda _files, rows: files.hidden(rows)
+    return made
 
 
 # --- logits ----------------------------------------------------------------------------------------------------------

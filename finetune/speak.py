@@ -125,6 +125,7 @@ class Speaker:
         self._batch_tokens, self._exact = batch_tokens, False
         self._device = next(model.parameters()).device
         self.whole: Callable[[], AbstractContextManager[None]] = nullcontext  # entered while an answer is written
+        self.hidden: Callable[[Any, Sequence[Sequence[int]]], Tensor] = varlen.hidden  # how texts are read
 
     def score(
         self,
@@ -149,7 +150,7 @@ class Speaker:
         self, ids: Sequence[Sequence[int]], masks: Sequence[Sequence[bool]], asked: _Asked
     ) -> Iterator[Scored]:
         plain = bare(self._model)
-        hidden = torch.split(varlen.hidden(plain, ids), [len(tokens) for tokens in ids])
+        hidden = torch.split(self.hidden(plain, ids), [len(tokens) for tokens in ids])
         for read, tokens, mask in zip(hidden, ids, masks, strict=True):
             at, wanted = self._asked(tokens, mask)
             yield _score_row(plain, read[at - 1], wanted, asked)
@@ -169,7 +170,7 @@ class Speaker:
             hidden = []
             for base in (False, True):
                 with self._quiet(base):
-                    read = varlen.hidden(bare(self._model), [ids[i] for i in batch])
+                    read = self.hidden(bare(self._model), [ids[i] for i in batch])
                     hidden.append(torch.split(read, [len(ids[i]) for i in batch]))
             for i, *pair in zip(batch, *hidden, strict=True):
                 at, wanted = self._asked(ids[i], masks[i])
@@ -215,7 +216,7 @@ class Speaker:
         """(n, hidden) from which the tokens asked for are told."""
         at = torch.tensor(list(asked.at), dtype=torch.long, device=self._device)
         with self._quiet(asked.base):
-            read = varlen.hidden(bare(self._model), [asked.ids])
+            read = self.hidden(bare(self._model), [asked.ids])
         return read[at - 1]
 
     def complete(

@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
@@ -62,7 +61,7 @@ class Progress:
 
 
 class Watcher(Protocol):
-    """Who is told of a run. Neither call may change any training state."""
+    """Who is told of a run. No call may change any training state."""
 
     def step(self, row: dict[str, Any]) -> None:
         """After each optimizer step; `row` as in metrics.jsonl."""
@@ -75,6 +74,9 @@ class Watcher(Protocol):
 
     def stop(self) -> bool:
         """True: save and stop now."""
+
+    def say(self, text: str) -> None:
+        """What the user should know."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -227,7 +229,7 @@ class NightTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped
             self._packing, what = Packing(texts=1), "micro-batches are of one text"
         else:
             return False
-        warnings.warn(f"Out of memory before step {self.state.global_step + 1}: from here on {what}.", stacklevel=2)
+        self._watcher.say(f"Out of memory before step {self.state.global_step + 1}: from here on {what}.")
         self._said.clear()
         self.model.zero_grad()
         torch.cuda.empty_cache()

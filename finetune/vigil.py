@@ -129,6 +129,11 @@ class Vigil:
         """Whether someone, or a verdict, asks for the end."""
         return self.stopping or self.stopped_by is not None
 
+    def say(self, text: str) -> None:
+        """Onto the screen and into the log."""
+        self.run.note(text)
+        self.screen.say(text)
+
     def listen(self, step: int, progress: Progress, spoken: Sequence[Spoken]) -> dict[str, float]:
         """Write down what the training forward said of each example: the free map. Seconds it took, the base apart."""
         began, asked = time.monotonic(), self.hearing.base.seconds

@@ -219,7 +219,7 @@ def test_formulas_of_200_examples_take_no_time() -> None:
         assert all(mask.sum() >= 12 for some in found.values() for mask in some)
         return time.process_time() - began
 
-    assert min(once() for _ in range(3)) < 0.2
+    assert min(once() for _ in range(9)) < 0.2  # the least of several: other work on the machine only adds
 
 
 # --- one example in one format -----------------------------------------------------------------------------------

@@ -84,6 +84,7 @@ class Notes:
     """A watcher that writes down what it is told and asks for nothing."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
+    said: list[str] = field(default_factory=list)
 
     def step(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
@@ -96,6 +97,9 @@ class Notes:
 
     def stop(self) -> bool:
         return False
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
 
 
 @contextmanager

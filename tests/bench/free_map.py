@@ -42,6 +42,8 @@ class Quiet:
     def stop(self) -> bool:
         return False
 
+    def say(self, text: str) -> None: ...
+
 
 def wide(folder: Path) -> Path:
     """A random base with pocket's tokenizer and a 7B's vocabulary."""
