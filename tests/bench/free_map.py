@@ -18,6 +18,7 @@ from pathlib import Path
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from finetune import ear, model, plan, recipe, runs, train
+from finetune.batches import Packing
 from finetune.ear import Overheard
 from finetune.hearing import Hearing
 from finetune.looks import Place
@@ -89,7 +90,9 @@ def seconds(base: Path, epochs: int, heard: bool, folder: Path) -> float:
     net = model.attach(model.load_base(base, "none", model.pick_device()), shape, 0)
     speaker = Speaker(net, made.vocabulary.tokenizer, made.vocabulary.eos_id)
     listen = listener(made, speaker, folder / "run") if heard else None
-    job = Job(made.epochs, wanted.optimizer, made.length, 3, 3, 0, "x", folder, lambda _step: None, listen=listen)  # type: ignore[arg-type,return-value]
+    job = Job(
+        made.epochs, wanted.optimizer, made.length, 3, Packing(), 0, "x", folder, lambda _step: None, listen=listen
+    )  # type: ignore[arg-type,return-value]
     began = time.process_time()
     train.train(net, base, job, Quiet())
     return time.process_time() - began
