@@ -229,7 +229,8 @@ def _cost(plan: Plan) -> Cost:
         writes = full or plan.recipe.watch.prompts
         held_out = sum(len(item.ids) for item in plan.texts.held_out.values()) / len(plan.formats)
         read += 2 * lineup.suite().each * held_out if full else 0.0  # strange formats, which the base reads then too
-        return read + alarmed * plan.longest() + (_DECODE * plan.answer_limit() if writes else 0)
+        longest = max(len(item.ids) for item in plan.texts.trained.values())  # sampled formats are not looked at
+        return read + alarmed * longest + (_DECODE * plan.answer_limit() if writes else 0)
 
     epoch = _BACKWARD * sum(len(item.ids) for item in plan.epochs.order(0))
     return Cost(epoch, look(False), look(True))
