@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune import model, plan, recipe, runs
+from finetune import model, plan, recipe, runs, selfreplay
 from finetune.corpus import Split
 from finetune.errors import refuse
 from finetune.plan import Plan
@@ -64,7 +64,11 @@ def read(path: Path | str) -> Opened:
     wanted = recipe.load_resolved(run.recipe)
     base = model.find_base(wanted.base, facts.get("commit") or wanted.revision, online=False)
     split = Split.from_json(runs.read_json(run.split))
-    return Opened(run, wanted, plan.make(wanted, base.folder, split, online=True), base, facts)
+    made = plan.make(wanted, base.folder, split, online=True)
+    own = run.path / selfreplay.NAME
+    if wanted.regularise.self_replay and own.is_file():
+        made = selfreplay.mixed(made, own)  # its steps are more than the examples alone would make
+    return Opened(run, wanted, made, base, facts)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import pytest
 import small
 from rich.console import Console
 
-from finetune import model, night, orders, outlook, plan, recipe, runs, selfreplay
+from finetune import model, night, opened, orders, outlook, plan, recipe, runs, selfreplay
 from finetune.errors import UserError
 from finetune.plan import Plan
 from finetune.screen import Screen
@@ -87,6 +87,7 @@ def test_a_run_writes_them_once_and_goes_on_with_the_same(tmp_path: Path) -> Non
     more = run(2)
     assert (path.read_bytes(), path.stat().st_mtime_ns) == (written, when)
     assert more["steps"] == 2 * first["steps"]
+    assert opened.read(tmp_path / "run").epoch(more["steps"]) == 2
     findings = runs.read_lines(tmp_path / "run" / "findings.jsonl")
     assert {row["axis"] for row in findings if row["probe"] == "drift"} >= {"general", "kl", "script", "stock"}
 
