@@ -1,7 +1,7 @@
 """Which example is trained when, and in which format: a pure function of (seed, epoch). No torch, no text, no clock.
 
 Every example comes exactly once an epoch (once per format with `all`), the remainder included; nothing is cut.
-Rows of one global batch are sorted by length, so that micro-batches pad little; the batches themselves stay random.
+Rows of one global batch are sorted by length, so that a micro-batch holds texts alike; the batches stay random.
 """
 
 from __future__ import annotations

@@ -130,7 +130,8 @@ def check(
         str | None, typer.Option("--gpu", metavar="SIZE", help="Memory of the card it is meant for, such as 12GB.")
     ] = None,
     calibrate: Annotated[
-        bool, typer.Option("--calibrate", help="Measure this machine for about 10 seconds; kept for the next check.")
+        bool,
+        typer.Option("--calibrate", help="Measure this machine, kept for the next check; minutes for a 7B on a CPU."),
     ] = False,
     sets: Sets = [],  # noqa: B006  # typer reads it, nothing writes it
     as_json: terminal.AsJson = False,

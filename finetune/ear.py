@@ -29,7 +29,7 @@ from finetune.runs import RunFolder
 from finetune.speak import Sampler
 
 SAMPLER = Sampler(temperature=0.8, top_k=40, top_p=0.95)  # how most programs draw, unless told otherwise
-_NOISE_FROM = 4  # passages, the longest: noise grows with what is padded
+_NOISE_FROM = 4  # passages, the longest: noise grows with what lies beside a text
 
 
 @dataclass(frozen=True, eq=False)

@@ -118,7 +118,8 @@ def _total(made: Plan, whole: float, least: float) -> Fact:
 def _computed_twice(made: Plan, load: Load, room: float) -> int:
     """How many layers are, on a card of so many GiB: as the recipe says, or as auto would decide."""
     asked = made.recipe.machine.activation_checkpointing
-    return memory.recomputed(load, room) if asked == "auto" else load.layers if asked else 0
+    counted = replace(load, a_layer=None)  # as training counts, whatever a calibration found here
+    return memory.recomputed(counted, room) if asked == "auto" else load.layers if asked else 0
 
 
 def _against(made: Plan, room: float, load: Load, problems: list[Problem]) -> Fact:
@@ -131,7 +132,8 @@ def _against(made: Plan, room: float, load: Load, problems: list[Problem]) -> Fa
         what = f"{room:g} GiB of GPU memory would not do: about {how} (an estimate)."
         problems.append(Problem(what, _remedy(made, load, room), key=("machine",)))
         return Fact("against", False, f"{room:g} GiB", f"too small: {how}")
-    fit = "fits, though not by much" if need > _TIGHT * room else "fits"
+    least = memory.total(replace(load, recomputed=load.layers)) if asked == "auto" else need
+    fit = "fits, though not by much" if least > _TIGHT * room else "fits"
     return Fact("against", True, f"{room:g} GiB", f"{fit}: {how}")
 
 
@@ -218,11 +220,11 @@ def _minutes(made: Plan, known: Known, room: float | None, found: Calibration | 
     else:
         small = load.shape.weights < _SMALL
         again = not small and made.recipe.machine.activation_checkpointing is not False
-        seconds = memory.training_flops(replace(load, recomputed=load.layers if again else 0), tokens) / (
-            _CPU if small else _CARD
-        )
+        twice = _computed_twice(made, load, room) if room else load.layers if again else 0
+        flops = memory.training_flops(replace(load, recomputed=twice), tokens)
+        seconds = flops / (_CPU if small else _CARD)
         at = f"{_CPU / 1e9:g} GFLOP/s, two CPU cores" if small else f"{_CARD / 1e12:g} TFLOP/s, a consumer card"
-        why = f"a guess: {tokens:,} tokens at {at}{looks}; `sft check --calibrate` measures this machine in 10 seconds"
+        why = f"a guess: {tokens:,} tokens at {at}{looks}; `sft check --calibrate` measures this machine"
         yield Fact("time", seconds / 60, f"~ {_time(seconds / 60)}", why)
 
 
@@ -239,6 +241,8 @@ def _calibrated(made: Plan, load: Load, room: float | None, found: Calibration) 
         "lower layers": rates.filling_seconds(made, work, found) / 60,
     }
     why = f"by a calibration of {found.took:.0f} s on this machine, at {', '.join(map(str, found.tokens))} tokens"
+    if room and not found.card_gib:
+        why += ", its processor and not that card"
     if max(rates.range_of(made)) > found.tokens[-1]:
         why += "; longer ones by their slope"
     yield Fact("time", sum(parts.values()), _time(sum(parts.values())), why)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from finetune import bases, ledger, memory, model, prefix, runs, slices, train
+from finetune import bases, ledger, lots, memory, model, prefix, runs, slices, train
 from finetune.estimate import layers_below
 from finetune.machine import Derived
 from finetune.plan import Plan
@@ -90,5 +90,6 @@ def twice(made: Plan, loaded: Loaded) -> Callable[[int], int]:
     if asked != "auto" or shape is None or not torch.cuda.is_available():
         return lambda _tokens: layers if asked is True else 0
     load = ledger.load_of(made, shape)
-    room = memory.standing(load) + torch.cuda.mem_get_info()[0] / memory.GIB
+    torch.cuda.empty_cache()
+    room = memory.standing(load) + lots.free(model.pick_device()) / memory.GIB  # with what torch holds and does not use
     return cache(lambda tokens: memory.recomputed(replace(load, tokens=tokens), room))

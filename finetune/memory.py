@@ -17,6 +17,7 @@ HEAD_BYTES, _A_LOGIT = 2**28, 14  # held at once for logits; bytes each, at most
 _A_BACKWARD = 12.0  # of them, at the peak: log p, and the gradients of log p and of the logit, all fp32
 _UNPACKED = {"nf4": 2.0 + 4 / 64, "int8": 4.0, "none": 0.0}  # bytes a weight of a matrix unpacked for the backward
 _CONTEXT = 0.6  # GiB of a CUDA context and its libraries' workspaces: a guess
+_FILLED = 0.95  # share of a card that is filled where fewer layers could be kept: its own size is a round number
 _LOOSE = 0.1  # share of what comes and goes that an allocator may not find again: a guess
 MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -150,7 +151,7 @@ def _bytes(load: Load) -> Iterator[tuple[str, float, str]]:
     yield (
         "margin",
         _LOOSE * most.total,
-        f"{_LOOSE:.0%} of the last three for loose blocks: a guess, not measured on a GPU",
+        f"{_LOOSE:.0%} of activations, gradients and work for loose blocks: a guess, not measured on a GPU",
     )
 
 
@@ -218,9 +219,9 @@ def _how(load: Load) -> str:
 
 
 def recomputed(load: Load, room: float) -> int:
-    """Layers that must be computed twice to fit `room` GiB: as few as do, all of them where nothing does."""
+    """Layers that are computed twice to fit `room` GiB, a little less: as few as do, all of them where nothing does."""
     counts = range(load.layers + 1)
-    return next((count for count in counts if total(replace(load, recomputed=count)) <= room), load.layers)
+    return next((count for count in counts if total(replace(load, recomputed=count)) <= _FILLED * room), load.layers)
 
 
 def standing(load: Load) -> float:

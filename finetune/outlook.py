@@ -168,6 +168,8 @@ def _examples(made: Plan, known: Known) -> Iterator[Fact]:
     yield Fact("in the loss", supervised, f"{about}{supervised:,} tokens", f"{share:.0%}: answers and what ends them")
     longest = max((*made.texts.trained.values(), *made.texts.held_out.values()), key=lambda item: len(item.ids))
     what = f"{longest.example} in {longest.format}; data.max_tokens is {made.recipe.data.max_tokens:,}"
+    if made.recipe.formats.sampled:
+        what += f"; up to {made.longest():,} in a sampled format"
     yield Fact("longest", len(longest.ids), f"{about}{len(longest.ids):,} tokens", what)
     if not known.counted:
         yield Fact("to count", known.remedy, "exactly", f"fetch the tokenizer alone: `{known.remedy}`")

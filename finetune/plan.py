@@ -217,10 +217,10 @@ def schedule(material: Material) -> Plan:
     none, spans = Looks((), (), ""), tuple(span.text for span in material.intended)
     packs = packing(recipe.machine.micro_batch)
     plan = Plan(recipe, conversations, split, vocabulary, formats, texts, epochs, length, packs, none, spans)
-    return replace(plan, looks=plan_looks(recipe.epochs, recipe.watch.every, recipe.watch.budget, _cost(plan)))
+    return replace(plan, looks=plan_looks(recipe.epochs, recipe.watch.every, recipe.watch.budget, cost(plan)))
 
 
-def _cost(plan: Plan) -> Cost:
+def cost(plan: Plan) -> Cost:
     """Work of an epoch and of looks, in passes times tokens."""
 
     def look(full: bool) -> float:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
+import tempfile
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -21,7 +23,7 @@ from finetune import disk, machine
 from finetune.bases import Known
 from finetune.errors import Problem
 from finetune.memory import Shape
-from finetune.plan import Plan, _cost
+from finetune.plan import Plan, cost
 
 BUDGET = 10.0  # seconds a calibration may measure; loading libraries and making a base come before
 _PATIENCE = 300.0  # seconds after which one is given up
@@ -141,7 +143,10 @@ def calibrate(asked: Mapping[str, Any], tokens: Sequence[int]) -> Calibration | 
     words = [sys.executable, "-m", "finetune.calibrate"]
     given = json.dumps({**asked, "tokens": list(tokens), "budget": BUDGET})
     try:
-        done = subprocess.run(words, input=given, capture_output=True, text=True, timeout=_PATIENCE, check=False)
+        with tempfile.TemporaryDirectory(prefix="sft-calibration-") as place:  # ours to empty, should it be killed
+            there = {**os.environ, "TMPDIR": place}
+            how: dict[str, Any] = {"input": given, "capture_output": True, "text": True, "env": there}
+            done = subprocess.run(words, timeout=_PATIENCE, check=False, **how)
     except subprocess.TimeoutExpired:
         return _failed(f"it was not done after {_PATIENCE:.0f} s")
     except OSError as fault:
@@ -216,9 +221,9 @@ def _micro_batch(tokens: int, share: float, work: Work, by: Calibration) -> floa
 
 def looking_seconds(made: Plan, work: Work, by: Calibration) -> float:
     """Of all planned looks, the base's included: their forward-equivalent tokens at the rate of a middling text."""
-    cost = _cost(made)
+    price = cost(made)
     looks = made.looks
-    tokens = len(looks.light) * cost.light + (len(looks.full) + 1) * cost.full
+    tokens = len(looks.light) * price.light + (len(looks.full) + 1) * price.full
     return tokens * _forward(by, work.trained + work.read)
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
@@ -195,9 +196,11 @@ class NightTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped
         while True:
             try:
                 return self._there_and_back(items)
-            except torch.OutOfMemoryError:
-                if not self._made_room(items):
+            except torch.OutOfMemoryError as fault:
+                if not self._keeps_less(items):
                     raise
+                traceback.clear_frames(fault.__traceback__)  # they hold what the failed try had made
+            self._made_room()
 
     def _there_and_back(self, items: Sequence[Item]) -> Tensor:
         supervised = max(1, sum(item.supervised for item in items))
@@ -221,8 +224,8 @@ class NightTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped
             self._said.append(([*pack], [sum(item.trained[1:]) for item in pack], nll.detach(), hits))
         return nll
 
-    def _made_room(self, items: Sequence[Item]) -> bool:
-        """Whether memory that ran out may do if less is kept from now on; what the failed try left is dropped."""
+    def _keeps_less(self, items: Sequence[Item]) -> bool:
+        """Whether memory that ran out may do: less is kept from now on."""
         if self._twice(1) < (layers := len(self._trained)):
             self._twice, what = lambda _tokens: layers, "activations are computed twice"
         elif len(self._packing.packs(items)) < len(items):
@@ -230,10 +233,13 @@ class NightTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped
         else:
             return False
         self._watcher.say(f"Out of memory before step {self.state.global_step + 1}: from here on {what}.")
+        return True
+
+    def _made_room(self) -> None:
+        """Drop what a failed try left."""
         self._said.clear()
         self.model.zero_grad()
         torch.cuda.empty_cache()
-        return True
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """One row a step to the watcher; nothing stays in the trainer's state, which every checkpoint would repeat."""

@@ -201,7 +201,8 @@ def test_a_seven_b_in_four_bits_fits_twelve_gib_only_when_checkpointed() -> None
     assert again < 10 < 12 < plain
     few = memory.recomputed(loads[0], 12.0)
     assert 0 < few < 32
-    assert memory.total(replace(loads[0], recomputed=few)) <= 12 < memory.total(replace(loads[0], recomputed=few - 1))
+    one, fewer = (memory.total(replace(loads[0], recomputed=count)) for count in (few, few - 1))
+    assert one <= 0.95 * 12 < fewer  # a twentieth of a card is left alone
     assert memory.recomputed(loads[0], 3.0) == 32
     base = memory.bill(loads[0])[0].gib
     assert base == pytest.approx(6_979_321_856 * (4 + 0.127) / 8 / 2**30, rel=1e-3)  # 0.127 bits [QLoRA]

@@ -232,7 +232,7 @@ def test_looking_at_strange_formats_is_paid_from_the_budget(made: Plan, monkeypa
     paid, light = [], []
     for each in (0, 2):
         monkeypatch.setattr("finetune.lineup.suite", lambda each=each: known.model_copy(update={"each": each}))
-        cost = plan._cost(made)
+        cost = plan.cost(made)
         paid.append(cost.full)
         light.append(cost.light)
     monkeypatch.undo()
