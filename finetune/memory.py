@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 GIB = 2**30
 # nf4, double quantised [Dettmers et al. 2023]: 4 bits, one byte for 64 weights, one fp32 for 256 of those bytes
 BYTES_A_WEIGHT = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0, "none": 2.0}
-OPTIMIZER = {"adamw": 8.0, "adamw_8bit": 2.0, "paged_adamw_8bit": 2.0}  # bytes a trained weight: two moments
-HEAD_BYTES, _A_LOGIT = 2**28, 14  # held at once for logits; bytes each, at most
+_OPTIMIZER = {"adamw": 8.0, "adamw_8bit": 2.0, "paged_adamw_8bit": 2.0}  # bytes a trained weight: two moments
+_HEAD_BYTES, _A_LOGIT = 2**28, 14  # held at once for logits; bytes each, at most
 _A_BACKWARD = 12.0  # of them, at the peak: log p, and the gradients of log p and of the logit, all fp32
 _UNPACKED = {"nf4": 2.0 + 4 / 64, "int8": 4.0, "none": 0.0}  # bytes a weight of a matrix unpacked for the backward
 _CONTEXT = 0.6  # GiB of a CUDA context and its libraries' workspaces: a guess
@@ -141,7 +141,7 @@ def _bytes(load: Load) -> Iterator[tuple[str, float, str]]:
     norms = 4.0 * (2 * (shape.layers - load.below) + 1) * shape.hidden
     yield "embeddings, head", 2.0 * outside + norms, f"{short(outside)} weights, {table}, bf16; norms in fp32"
     yield "adapter", 4.0 * load.adapter, f"{short(load.adapter)} weights, fp32"
-    state = OPTIMIZER[load.optimizer]
+    state = _OPTIMIZER[load.optimizer]
     yield "optimizer", state * load.adapter, f"{load.optimizer}: {state:g} bytes a trained weight"
     most = max(_moments(load), key=lambda one: one.total)
     yield "activations", most.activations, most.kept
@@ -157,7 +157,7 @@ def _bytes(load: Load) -> Iterator[tuple[str, float, str]]:
 
 def head_tokens(vocabulary: int) -> int:
     """Positions whose logits training holds at once: a quarter of a GiB of them, at least 64."""
-    return max(64, HEAD_BYTES // (_A_LOGIT * vocabulary))
+    return max(64, _HEAD_BYTES // (_A_LOGIT * vocabulary))
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ def _moments(load: Load) -> Iterator[_Moment]:
     On the way down activations go and gradients come, both evenly, so that nothing between is larger.
     """
     shape, tokens = load.shape, load.tokens
-    a_layer, cast, waiting = tokens * layer_bytes(load), 2.0 * load.adapter, 4.0 * load.adapter * load.accumulated
+    a_layer, cast, waiting = tokens * _layer_bytes(load), 2.0 * load.adapter, 4.0 * load.adapter * load.accumulated
     held = min(tokens, head_tokens(shape.vocabulary))
     waits = 4.0 * shape.hidden * tokens if held < tokens else 0.0  # the stream, for the parts whose turn comes later
     logits = _A_BACKWARD * held * shape.vocabulary + waits
@@ -208,7 +208,7 @@ def _moments(load: Load) -> Iterator[_Moment]:
 
 def activations(load: Load) -> float:
     """Bytes kept for the backward pass: of layers in full or, where computed twice, the fp32 input of each."""
-    kept = layer_bytes(load) * (load.layers - load.recomputed) + 4.0 * load.shape.hidden * load.recomputed
+    kept = _layer_bytes(load) * (load.layers - load.recomputed) + 4.0 * load.shape.hidden * load.recomputed
     return load.tokens * (kept + 8.0 * load.shape.head)  # and the angles of all positions
 
 
@@ -230,7 +230,7 @@ def standing(load: Load) -> float:
     return sum(line.gib for line in bill(load) if line.name in there)
 
 
-def layer_bytes(load: Load) -> float:
+def _layer_bytes(load: Load) -> float:
     """Bytes a token and layer: the fp32 stream twice, what LoRA, attention and a gated MLP keep.
 
     Each adapted matrix keeps its input in bf16 once more, and gives fp32; attention keeps queries, keys, values and its
