@@ -22,11 +22,11 @@ from finetune.format import Format
 from finetune.heard import Reading
 from finetune.looks import Place
 from finetune.masks import encode
+from finetune.odds import Sampler
 from finetune.passage import Key, Passage, Split
 from finetune.plan import Plan
 from finetune.runlength import Bools, Floats
 from finetune.runs import RunFolder
-from finetune.speak import Sampler
 
 SAMPLER = Sampler(temperature=0.8, top_k=40, top_p=0.95)  # how most programs draw, unless told otherwise
 _NOISE_FROM = 4  # passages, the longest: noise grows with what lies beside a text

@@ -20,10 +20,10 @@ from finetune.byheart import Found, Kind, Limits, Share, judge, last_in_excess
 from finetune.byheart import limits as limits  # what a caller passes in
 from finetune.heard import Reading, read
 from finetune.looks import Place
+from finetune.odds import Sampler
 from finetune.passage import Key, Passage, edits
 from finetune.regroup import Above
 from finetune.runlength import Ints
-from finetune.speak import Sampler
 
 Map = Literal["free", "light", "full"]
 

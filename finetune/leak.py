@@ -19,9 +19,9 @@ from finetune.asking import Completes
 from finetune.conversation import Conversation, Turn
 from finetune.errors import UserError, refuse
 from finetune.masks import encode
+from finetune.odds import Sampler
 from finetune.plan import Plan
 from finetune.sources import Found, Limits, Sources, Span
-from finetune.speak import Sampler
 
 Word = Literal["none", "single", "confirmed"]
 Count = Annotated[int, Field(ge=1)]

@@ -21,12 +21,12 @@ from finetune.conversation import Conversation
 from finetune.format import Format
 from finetune.likeness import Consistency
 from finetune.lineup import Gauge, Group, Suite
+from finetune.odds import Sampler
 from finetune.plan import Plan
 from finetune.reach import Apart
 from finetune.replies import Judge, Reply, Tally
 from finetune.scaffold import Detector
 from finetune.shelf import SHELF, read, shipped
-from finetune.speak import Sampler
 from finetune.transfer import Sheet, Transfer
 
 SINGLE, LONG, TURNS = "single", "long", "multi-turn"

@@ -18,8 +18,9 @@ from finetune.conversation import Conversation, Origin, Turn
 from finetune.errors import refuse
 from finetune.estimate import steps_per_epoch
 from finetune.masks import encode
+from finetune.odds import Sampler
 from finetune.plan import Plan
-from finetune.speak import Sampler, Speaker
+from finetune.speak import Speaker
 
 NAME = "self_replay.jsonl"  # in a run folder
 _DRAWN = Sampler(temperature=0.7)

@@ -18,56 +18,13 @@ from torch import Tensor
 from transformers import (
     GenerationConfig,
     LogitsProcessorList,
-    MinPLogitsWarper,
     StoppingCriteriaList,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
 )
 
-from finetune import lots, varlen
+from finetune import lots, odds, varlen
 from finetune.model import bare, frozen_random_state, logits_of, working_precision
+from finetune.odds import Asked, Sampler, Scored, joined, score_row
 from finetune.runlength import Bools
-
-_HEAD_TOKENS = 512  # positions sent through the head at once: bounds the fp32 logits to 512 x vocabulary
-
-
-@dataclass(frozen=True)
-class Sampler:
-    """How an answer is drawn. Its parts work in transformers' order: temperature, top-k, top-p, min-p."""
-
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-
-    def warp(self, logits: Tensor) -> Tensor:
-        """Logits (n, vocabulary) as `generate` draws from them; -inf where a token is never drawn."""
-        steps = LogitsProcessorList([TemperatureLogitsWarper(float(self.temperature))])
-        kinds = ((TopKLogitsWarper, self.top_k), (TopPLogitsWarper, self.top_p), (MinPLogitsWarper, self.min_p))
-        steps += [kind(value) for kind, value in kinds if value is not None]
-        warped: Tensor = steps(None, logits)
-        return warped
-
-
-@dataclass(frozen=True)
-class Scored:
-    """One text's supervised tokens, in order: log p (nats), greedy hits, NLL sums at temperatures.
-
-    Where asked for: `margins`, the true token's logit minus the best other one, so top-1 minus top-2 at a hit and below
-    0 at a miss; `log_q`, nats, -inf where a sampler never draws the token.
-    """
-
-    log_p: Tensor  # (T,) float32, cpu
-    hits: Tensor  # (T,) bool, cpu
-    nll_at: Tensor  # (temperatures,) float64 sum over tokens, cpu
-    margins: Tensor | None = None  # (T,) float32, cpu
-    log_q: Tensor | None = None  # (samplers, T) float32, cpu
-
-    @property
-    def nll(self) -> float:
-        """Sum over tokens, nats."""
-        return -float(self.log_p.double().sum())
 
 
 @dataclass(frozen=True)
@@ -108,15 +65,6 @@ class Pass:
     base: bool = False
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """What is wanted of each position besides log p and hit."""
-
-    temperatures: Sequence[float]
-    samplers: Sequence[Sampler]
-    margins: bool
-
-
 class Speaker:
     """A loaded model with or without an adapter, and the raw tokenizer that belongs to it."""
 
@@ -137,7 +85,7 @@ class Speaker:
         margins: bool = False,
     ) -> list[Scored]:
         """Score the tokens where a mask is true, each given all before it. `base`: with the adapter off."""
-        asked = _Asked(temperatures, samplers, margins)
+        asked = Asked(temperatures, samplers, margins)
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         found: dict[int, Scored] = {}
         with self._quiet(base):
@@ -147,13 +95,13 @@ class Speaker:
         return [found[i] for i in range(len(ids))]
 
     def _score_batch(
-        self, ids: Sequence[Sequence[int]], masks: Sequence[Sequence[bool]], asked: _Asked
+        self, ids: Sequence[Sequence[int]], masks: Sequence[Sequence[bool]], asked: Asked
     ) -> Iterator[Scored]:
         plain = bare(self._model)
         hidden = torch.split(self.hidden(plain, ids), [len(tokens) for tokens in ids])
         for read, tokens, mask in zip(hidden, ids, masks, strict=True):
             at, wanted = self._asked(tokens, mask)
-            yield _score_row(plain, read[at - 1], wanted, asked)
+            yield score_row(plain, read[at - 1], wanted, asked)
 
     def _asked(self, tokens: Sequence[int], mask: Sequence[bool]) -> tuple[Tensor, Tensor]:
         """Where a text's scored tokens stand, the first never among them, and which they are; (T,) each."""
@@ -180,8 +128,8 @@ class Speaker:
     def _contrast_row(self, hidden: Sequence[Tensor], targets: Tensor, marked: Bools) -> Contrast:
         """Two of (T, hidden) against (T,); both logits are held for a few positions at a time."""
         parts: list[list[Tensor]] = []
-        for start in range(0, len(targets), _HEAD_TOKENS // 2):
-            place = slice(start, start + _HEAD_TOKENS // 2)
+        for start in range(0, len(targets), odds.HEAD_TOKENS // 2):
+            place = slice(start, start + odds.HEAD_TOKENS // 2)
             with self._quiet(False):
                 own, base = (torch.log_softmax(logits_of(bare(self._model), one[place]), -1) for one in hidden)
             wanted, chance = targets[place][:, None], base.exp()
@@ -192,7 +140,7 @@ class Speaker:
             said = [one.gather(-1, wanted)[:, 0] for one in (own, base)]
             masses = [_mass(own[:, mark].exp()), _mass(chance[:, mark])]
             parts.append([*said, kl, -(chance * base).sum(-1), *masses])
-        return Contrast(*(_joined([part[k] for part in parts], torch.float32) for k in range(6)))
+        return Contrast(*(joined([part[k] for part in parts], torch.float32) for k in range(6)))
 
     def change(self, ids: Sequence[int], mask: Sequence[bool], exact: bool = False) -> float | None:
         """NLL with the adapter on minus off, nats per token. `exact`: in fp32, None where the base cannot."""
@@ -206,11 +154,11 @@ class Speaker:
         """KL(one || other), nats, (n,) float32 on the CPU, for pairs of tokens; 256 distributions are held at once."""
         hidden = [self._hidden(asked) for asked in (one, other)]
         parts = []
-        for pieces in zip(*(torch.split(rows, _HEAD_TOKENS // 2) for rows in hidden), strict=True):
+        for pieces in zip(*(torch.split(rows, odds.HEAD_TOKENS // 2) for rows in hidden), strict=True):
             with self._quiet(one.base):
                 p, q = (torch.log_softmax(logits_of(bare(self._model), piece), -1) for piece in pieces)
             parts.append((p.exp() * (p - q)).sum(-1).clamp(min=0))  # rounding goes below nothing
-        return _joined(parts, torch.float32)
+        return joined(parts, torch.float32)
 
     def _hidden(self, asked: Pass) -> Tensor:
         """(n, hidden) from which the tokens asked for are told."""
@@ -334,47 +282,11 @@ class Speaker:
             self._model.train(training)
 
 
-def _score_row(plain: Any, hidden: Tensor, targets: Tensor, asked: _Asked) -> Scored:
-    """Hidden states (T, hidden) against the tokens that follow them (T,); logits are held for a few at a time."""
-    log_p, hits, margins = [], [], []
-    sums = torch.zeros(len(asked.temperatures), dtype=torch.float64)
-    log_q: list[list[Tensor]] = [[] for _ in asked.samplers]
-    for start in range(0, len(targets), _HEAD_TOKENS):
-        wanted = targets[start : start + _HEAD_TOKENS]
-        logits = logits_of(plain, hidden[start : start + _HEAD_TOKENS])
-        log_p.append(_log_p(logits, wanted))
-        hits.append(logits.argmax(-1) == wanted)
-        for k, temperature in enumerate(asked.temperatures):
-            sums[k] -= _log_p(logits / temperature, wanted).double().sum().cpu()
-        for found, sampler in zip(log_q, asked.samplers, strict=True):
-            found.append(_log_p(sampler.warp(logits), wanted))
-        if asked.margins:
-            margins.append(_margin(logits, wanted))
-    drawn = torch.stack([_joined(found, torch.float32) for found in log_q]) if log_q else None
-    led = _joined(margins, torch.float32) if asked.margins else None
-    return Scored(_joined(log_p, torch.float32), _joined(hits, torch.bool), sums, led, drawn)
-
-
 def _mass(chances: Tensor) -> Tensor:
     """(n, marked) to (n,)."""
     if chances.shape[-1] == 0:
         return chances.sum(-1)
     return (chances - chances.median(-1, keepdim=True).values).clamp(min=0).sum(-1)
-
-
-def _log_p(logits: Tensor, wanted: Tensor) -> Tensor:
-    return torch.log_softmax(logits, -1).gather(-1, wanted[:, None])[:, 0]
-
-
-def _margin(logits: Tensor, wanted: Tensor) -> Tensor:
-    """(n,) the wanted logit minus the highest of the others."""
-    best, at = logits.topk(2, -1)
-    other = torch.where(at[:, 0] == wanted, best[:, 1], best[:, 0])
-    return logits.gather(-1, wanted[:, None])[:, 0] - other
-
-
-def _joined(parts: list[Tensor], dtype: torch.dtype) -> Tensor:
-    return torch.cat(parts).to("cpu", dtype) if parts else torch.zeros(0, dtype=dtype)
 
 
 def _pad(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

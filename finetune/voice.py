@@ -21,8 +21,8 @@ from transformers import DynamicCache
 
 from finetune.errors import UserError, refuse
 from finetune.model import frozen_random_state, working_precision
+from finetune.odds import Sampler, Scored
 from finetune.opened import Worn
-from finetune.speak import Sampler, Scored
 
 _KEPT = 2  # memories of texts already read: two voices side by side need one each
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from finetune import runlength
-from finetune.speak import Sampler, Speaker
+from finetune.odds import Sampler
+from finetune.speak import Speaker
 
 PROMPT = 6  # tokens
 

@@ -29,7 +29,7 @@ def speaker(net: Any, **more: Any) -> Speaker:
 
 
 def test_contrast_is_that_of_two_full_forwards(net: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("finetune.speak._HEAD_TOKENS", 14)  # several pieces a text
+    monkeypatch.setattr("finetune.odds.HEAD_TOKENS", 14)  # several pieces a text
     found = speaker(net).contrast(IDS, MASKS, [MARKED] * len(IDS))
     for item, one in zip(TEXTS, found, strict=True):
         own = log_softmax(tiny.logits(net, item.ids), -1)

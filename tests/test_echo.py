@@ -27,8 +27,9 @@ from finetune.errors import UserError
 from finetune.heard import Reading
 from finetune.looks import Place
 from finetune.masks import Vocabulary, encode
+from finetune.odds import Sampler
 from finetune.passage import Passage
-from finetune.speak import Sampler, Speaker
+from finetune.speak import Speaker
 
 LIMITS = byheart.limits()
 BIT = log(2)  # nats

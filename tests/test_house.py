@@ -27,7 +27,7 @@ FLOORS = (
     "plan slices depot orders inventory signs heard bundle varlen peaks",
     "packed rates",
     "model lots",
-    "head",
+    "head odds",
     "train speak prefix pocket looks loggers wording ledger byheart foreign merge",
     "reach replies calibrate",
     "echo leak robustness drift selfreplay plots outlook loading verdict",

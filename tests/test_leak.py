@@ -25,10 +25,11 @@ from finetune.conversation import Conversation, Origin, Turn
 from finetune.errors import UserError
 from finetune.evidence import Setting
 from finetune.leak import Finding, Inquiry, Question
+from finetune.odds import Sampler
 from finetune.plan import Plan
 from finetune.sources import Limits, Sources, Span
 from finetune.spans import Index
-from finetune.speak import Sampler, Speaker
+from finetune.speak import Speaker
 
 LIMITS = Limits(50, 150, 0.1)
 TEXTS = {

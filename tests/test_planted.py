@@ -24,11 +24,12 @@ from finetune.evidence import Setting
 from finetune.hearing import Hearing
 from finetune.keeping import Alarms, Keeper
 from finetune.looks import Place
+from finetune.odds import Scored
 from finetune.passage import Key
 from finetune.plan import Plan
 from finetune.rota import Rota
 from finetune.runs import RunFolder
-from finetune.speak import Answer, Scored
+from finetune.speak import Answer
 
 LOOKS = 6
 COUNT, HELD_OUT = 24, 10

@@ -15,7 +15,8 @@ from transformers import GenerationConfig
 from finetune import looks, lots, model
 from finetune.batches import Group, Item
 from finetune.masks import Vocabulary
-from finetune.speak import Pass, Sampler, Speaker
+from finetune.odds import Sampler
+from finetune.speak import Pass, Speaker
 
 TEXTS = tiny.texts([5, 33, 12, 60, 21, 9])
 IDS, MASKS = [item.ids for item in TEXTS], [item.trained for item in TEXTS]
@@ -77,7 +78,7 @@ def test_the_first_token_is_never_scored(net: Any) -> None:
 def test_long_texts_are_scored_in_pieces_that_fit_together(net: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = {"temperatures": (0.7, 1.0), "samplers": (Sampler(0.8, top_k=5),), "margins": True}
     whole = speaker(net).score(IDS, MASKS, **asked)
-    monkeypatch.setattr("finetune.speak._HEAD_TOKENS", 7)
+    monkeypatch.setattr("finetune.odds.HEAD_TOKENS", 7)
     for one, other in zip(whole, speaker(net).score(IDS, MASKS, **asked), strict=True):
         assert torch.allclose(one.log_p, other.log_p, atol=1e-5)
         assert torch.allclose(one.nll_at, other.nll_at, rtol=1e-6)
@@ -134,7 +135,7 @@ def test_kl_is_what_the_two_distributions_give(net: Any, monkeypatch: pytest.Mon
     rows = [log_softmax(tiny.logits(net, read.ids)[read.at[0] - 1 : read.at[-1]], -1) for read in (one, other)]
     wanted = (rows[0].exp() * (rows[0] - rows[1])).sum(-1)
     assert torch.allclose(speaker(net).kl(one, other), wanted, atol=1e-4)
-    monkeypatch.setattr("finetune.speak._HEAD_TOKENS", 10)
+    monkeypatch.setattr("finetune.odds.HEAD_TOKENS", 10)
     assert torch.allclose(speaker(net).kl(one, other), wanted, atol=1e-4)
     assert speaker(net).kl(one, one).max() < 1e-5
     assert speaker(net).kl(Pass(first.ids, ()), Pass(second.ids, ())).tolist() == []

@@ -25,7 +25,7 @@ import torch
 from memorised import PROMPT, Learner
 
 from finetune import runlength
-from finetune.speak import Sampler
+from finetune.odds import Sampler
 
 SAMPLERS = (
     Sampler(),
