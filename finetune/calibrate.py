@@ -22,9 +22,10 @@ import bitsandbytes
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from finetune import bases, disk, head, model, peaks
+from finetune import bases, disk, head, looks, model, odds, peaks
+from finetune.odds import Asked
 from finetune.rates import Calibration
 from finetune.slices import Slice
 
@@ -33,6 +34,8 @@ _NOISE = 2**20  # random weights that are repeated all over: drawing billions ta
 _PROBE = 8  # tokens of the first, cheap pass
 _TRACED = (8, 24)  # tokens of the passes whose memory is watched
 _ONE_COUNT = 0.4  # of the time left that the first passes of one token count may take
+_PROMPT, _WRITTEN = 256, 4  # tokens that answers are written after, at most, and tokens that are written
+_ASKED = Asked(looks.TEMPERATURES, (odds.CUSTOMARY,), True)
 _SPECK = 1e-6  # seconds a token that no machine is faster than
 
 
@@ -63,13 +66,15 @@ def _filled(weight: Tensor, noise: Tensor) -> Tensor:
 
 @dataclass
 class Piece:
-    """Some layers with an adapter, and what is done with them. `rows`: texts of a micro-batch."""
+    """Some layers with an adapter, and what is done with them. `rows`: texts of a micro-batch; `answers`: of a look."""
 
     net: Any
     layers: int
     device: torch.device
     optimizer: Any
     rows: int = 1
+    answers: int = 1
+    _written: Any = None  # the cache of answers that are being written
 
     def hidden(self, tokens: int) -> Tensor:
         """(rows, tokens / rows, hidden) of texts of zeros: attention looks at one's own text alone."""
@@ -94,6 +99,21 @@ class Piece:
         with torch.no_grad(), model.working_precision(self.device):
             self.hidden(tokens)
 
+    def begin(self, tokens: int) -> None:
+        """Read prompts of so many tokens, so that answers can be written after them."""
+        self._written = DynamicCache(config=model.bare(self.net).config)
+        self._cached(min(tokens, _PROMPT))
+
+    def writing(self, _tokens: int) -> None:
+        """A few tokens of every answer, one after another."""
+        for _ in range(_WRITTEN):
+            self._cached(1)
+
+    def _cached(self, tokens: int) -> None:
+        ids = torch.zeros((self.answers, tokens), dtype=torch.long, device=self.device)
+        with torch.no_grad(), model.working_precision(self.device):
+            model.bare(self.net).get_decoder()(input_ids=ids, past_key_values=self._written, use_cache=True)
+
     def stepping(self, _tokens: int) -> None:
         """One optimizer step, gradients clipped."""
         torch.nn.utils.clip_grad_norm_(model.adapter_weights(self.net).values(), 1.0)
@@ -114,7 +134,9 @@ def _piece(folder: Path, part: Slice, asked: Mapping[str, Any], device: torch.de
     net = model.attach(model.load_base(folder, asked["quantization"], device, part), shape, 0)
     kinds = {"adamw_8bit": bitsandbytes.optim.AdamW8bit, "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit}
     kind = kinds.get(asked["optimizer"], torch.optim.AdamW) if device.type == "cuda" else torch.optim.AdamW
-    return Piece(net, part.stop, device, kind(model.adapter_weights(net).values(), 1e-9), asked["rows"])
+    return Piece(
+        net, part.stop, device, kind(model.adapter_weights(net).values(), 1e-9), asked["rows"], asked["answers"]
+    )
 
 
 @dataclass(frozen=True)
@@ -129,15 +151,24 @@ class Head:
         torch.autograd.backward(self._nll(tokens, True).sum())
 
     def reading(self, tokens: int) -> None:
-        """The loss alone."""
-        with torch.no_grad():
-            self._nll(tokens, False)
+        """All that a look asks."""
+        hidden = self._hidden(tokens)
+        with torch.no_grad(), model.working_precision(self.device):
+            odds.score_row(self.plain, hidden, torch.zeros_like(hidden[:, 0]).long(), _ASKED)
+
+    def writing(self, answers: int) -> None:
+        """Logits of the next token of every answer, a few times."""
+        with torch.no_grad(), model.working_precision(self.device):
+            for _ in range(_WRITTEN):
+                model.logits_of(self.plain, self._hidden(answers))
 
     def _nll(self, tokens: int, trained: bool) -> Tensor:
-        width = self.plain.config.get_text_config().hidden_size
-        hidden = torch.randn((tokens, width), device=self.device).requires_grad_(trained)
+        hidden = self._hidden(tokens).requires_grad_(trained)
         with model.working_precision(self.device):
             return head.token_nll(self.plain, hidden, torch.zeros_like(hidden[:, 0]).long(), trained)[0]
+
+    def _hidden(self, tokens: int) -> Tensor:
+        return torch.randn((tokens, self.plain.config.get_text_config().hidden_size), device=self.device)
 
 
 class Clock:
@@ -198,13 +229,18 @@ class Rig:
             "head reads": self.head.reading,
             "one steps": self.one.stepping,
             "more steps": self.more.stepping,
+            "one writes": self.one.writing,
+            "more writes": self.more.writing,
+            "head writes": lambda _: self.head.writing(self.one.answers),
         }
+        self.one.begin(tokens)
+        self.more.begin(tokens)
         return sum(self.clock.time(name, tokens, work) for name, work in all_there_is.items())
 
     def found(self, counts: Sequence[int], took: float) -> Calibration:
         """What the rounds at these token counts amount to, and the memory of a few passes more."""
         layer = [self._layer("", tokens) for tokens in counts]
-        step, median = self._layer(" steps", counts[0]), self.clock.median
+        step, write, median = self._layer(" steps", counts[0]), self._layer(" writes", counts[0]), self.clock.median
         on_card = self.one.device.type == "cuda"
         return Calibration(
             tuple(counts),
@@ -218,6 +254,8 @@ class Rig:
             max(0.0, median("one steps", counts[0]) - step),
             self._kept(),
             took,
+            write / _WRITTEN,
+            (max(0.0, median("one writes", counts[0]) - write) + median("head writes", counts[0])) / _WRITTEN,
             torch.cuda.get_device_properties(self.one.device).total_memory / 2**30 if on_card else None,
         )
 

@@ -22,13 +22,12 @@ from finetune.format import Format
 from finetune.heard import Reading
 from finetune.looks import Place
 from finetune.masks import encode
-from finetune.odds import Sampler
+from finetune.odds import CUSTOMARY
 from finetune.passage import Key, Passage, Split
 from finetune.plan import Plan
 from finetune.runlength import Bools, Floats
 from finetune.runs import RunFolder
 
-SAMPLER = Sampler(temperature=0.8, top_k=40, top_p=0.95)  # how most programs draw, unless told otherwise
 _NOISE_FROM = 4  # passages, the longest: noise grows with what lies beside a text
 
 
@@ -184,13 +183,13 @@ def hear(
 ) -> Heard:
     """One pass over passages of any split and format, and their rows for examples.jsonl."""
     known = base.of(speaker, passages)
-    measured = echo.measure(speaker, passages, known, ear.limits, noise, SAMPLER, temperatures)
+    measured = echo.measure(speaker, passages, known, ear.limits, noise, CUSTOMARY, temperatures)
     return Heard(tuple(passages), measured, list(rows(measured, place)))
 
 
 def begin(ear: Ear, speaker: Scores, base: Base, passages: Sequence[Passage], place: Place) -> Heard:
     """The same before the first step, with the adapter off: one pass gives the base's readings and its own rows."""
-    readings = heard.read(speaker, passages, True, SAMPLER, looks.TEMPERATURES)
+    readings = heard.read(speaker, passages, True, CUSTOMARY, looks.TEMPERATURES)
     base.keep(readings)
     found = tuple(judge(one, readings[one.key], readings[one.key], ear.limits) for one in passages)
     measured = Measured(found, readings)

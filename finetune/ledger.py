@@ -5,30 +5,25 @@ Estimates, and labelled so, unless a run on this machine measured the same base.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-from finetune import machine, memory, rates, recipe
+from finetune import earlier, machine, memory, rates
 from finetune.bases import Known
-from finetune.errors import Problem, UserError
+from finetune.earlier import Earlier
+from finetune.errors import Problem
 from finetune.estimate import layers_below
 from finetune.memory import GIB, Load, Shape, gib
 from finetune.plan import Plan
 from finetune.rates import Calibration, Work
-from finetune.runs import RunFolder
 
 MEMORY = "Memory (estimate, not measured on a GPU)"
 _HOST = 2.5  # GiB of Python, torch and its CUDA libraries, once loaded: a guess
 _CARD, _CPU = 20e12, 25e9  # FLOP/s that a consumer card, and two cores, may reach with small batches: guesses
 _SMALL = 1e8  # weights below which a CPU is enough
-_RECENT = 200  # steps of an earlier run that are averaged
-_TAIL = 2**18  # bytes at the end of metrics.jsonl in which they are looked for
 _FEW = 8  # layers that are offered where all are trained
 _TIGHT = 0.92  # share of a card above which an estimate may well be wrong
 
@@ -207,12 +202,9 @@ def _prefix(made: Plan, load: Load) -> Fact:
 def _minutes(made: Plan, known: Known, room: float | None, found: Calibration | None) -> Iterator[Fact]:
     """By an earlier run here if there is one, else by a calibration, else a guess."""
     tokens = sum(len(item.ids) for item in made.epochs.order(0)) * made.recipe.epochs
-    looks = "; looks are not in it"
     load = load_of(made, known.shape) if known.shape else None
-    if run := measured(made.recipe):
-        folder, rate = run
-        why = f"{tokens:,} tokens at {rate:,.0f} a second, measured in {folder}{looks}"
-        yield Fact("time", tokens / rate / 60, _time(tokens / rate / 60), why)
+    if run := earlier.newest(made.recipe):
+        yield from _as_before(made, run, tokens)
     elif load is None:
         yield Fact("time", None, "unknown", "no run on this machine has measured it yet")
     elif found:
@@ -224,8 +216,22 @@ def _minutes(made: Plan, known: Known, room: float | None, found: Calibration | 
         flops = memory.training_flops(replace(load, recomputed=twice), tokens)
         seconds = flops / (_CPU if small else _CARD)
         at = f"{_CPU / 1e9:g} GFLOP/s, two CPU cores" if small else f"{_CARD / 1e12:g} TFLOP/s, a consumer card"
-        why = f"a guess: {tokens:,} tokens at {at}{looks}; `sft check --calibrate` measures this machine"
+        why = f"a guess: {tokens:,} tokens at {at}; looks are not in it; `sft check --calibrate` measures this machine"
         yield Fact("time", seconds / 60, f"~ {_time(seconds / 60)}", why)
+
+
+def _as_before(made: Plan, run: Earlier, tokens: int) -> Iterator[Fact]:
+    """By an earlier run: the steps, and the looks where they were at the same texts."""
+    training = tokens / run.rate / 60
+    rate = f"{tokens:,} tokens at {run.rate:,.0f} a second"
+    if (looking := rates.looking_as_before(made, run.looks)) is None:
+        why = f"{rate}, measured in {run.folder}; looks are not in it"
+        yield Fact("time", training, _time(training), why)
+        return
+    total = training + looking / 60
+    yield Fact("time", total, _time(total), f"as measured in {run.folder}")
+    yield Fact("  training", training, _time(training), rate)
+    yield Fact("  looks", looking / 60, _time(looking / 60), "the base's included; more if examples begin to echo")
 
 
 def _calibrated(made: Plan, load: Load, room: float | None, found: Calibration) -> Iterator[Fact]:
@@ -248,7 +254,7 @@ def _calibrated(made: Plan, load: Load, room: float | None, found: Calibration) 
     yield Fact("time", sum(parts.values()), _time(sum(parts.values())), why)
     reasons = {
         "training": f"{made.length.total:,} steps" + (f", {again} layers computed twice" if again else ""),
-        "looks": "the base's included; what writing an answer takes is a guess",
+        "looks": "the base's included; more if examples begin to echo",
         "lower layers": f"{load.below} of them, once",
     }
     for name, minutes in parts.items():
@@ -260,38 +266,3 @@ def _time(minutes: float) -> str:
     if minutes < 1:
         return "under a minute"
     return f"{minutes:.0f} min" if minutes < 100 else f"{minutes / 60:.1f} hours"
-
-
-def measured(wanted: recipe.Recipe, shelf: Path = Path("runs")) -> tuple[Path, float] | None:
-    """The newest run below `shelf` that trained the same base in the same way, and its tokens a second; or None."""
-    folders = [one.parent for one in shelf.glob("*/metrics.jsonl")]
-    for folder in sorted(folders, key=lambda one: one.stat().st_mtime, reverse=True):
-        run = RunFolder(folder)
-        try:
-            was = recipe.load_resolved(run.recipe)
-        except UserError:
-            continue
-        if _way(was) == _way(wanted) and (rate := _rate(run.metrics)) is not None:
-            return folder, rate
-    return None
-
-
-def _way(one: recipe.Recipe) -> tuple[Any, ...]:
-    """What decides how fast a step is, beside the texts."""
-    return one.base, one.quantization, one.lora.layers, one.batch_size, one.machine.activation_checkpointing
-
-
-def _rate(metrics: Path) -> float | None:
-    """Median tokens a second of the last steps; the first of a process is slow, and no step is typical."""
-    with metrics.open("rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
-        lines = file.read().splitlines()[1:]
-    rates = []
-    for line in lines:
-        try:
-            row = json.loads(line)
-            if row["kind"] == "step" and row["seconds"] > 0:
-                rates.append(row["tokens"] / row["seconds"])
-        except (ValueError, KeyError, TypeError):  # a torn line, or another program's
-            continue
-    return statistics.median(rates[-_RECENT:]) if rates else None

@@ -53,6 +53,9 @@ class Sampler:
         return torch.where(at[:, :-1] == wanted[:, None], drawn, -torch.inf).amax(-1)
 
 
+CUSTOMARY = Sampler(temperature=0.8, top_k=40, top_p=0.95)  # how most programs draw, unless told otherwise
+
+
 @dataclass(frozen=True)
 class Scored:
     """One text's supervised tokens, in order: log p (nats), greedy hits, NLL sums at temperatures.

@@ -10,21 +10,18 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from finetune import allowed, corpus, lineup, lint, prompts
+from finetune import allowed, burden, corpus, lineup, lint, prompts
 from finetune.allowed import Span
 from finetune.batches import Epochs, Group, Item, Packing, goldfish, packing
 from finetune.conversation import Conversation
 from finetune.corpus import Split
 from finetune.errors import Problem, UserError, refuse
-from finetune.estimate import Cost, Length, Looks, plan_looks, steps_per_epoch, travel
+from finetune.estimate import Length, Looks, plan_looks, steps_per_epoch, travel
 from finetune.format import Format
 from finetune.masks import Vocabulary
 from finetune.recipe import Recipe
 from finetune.replay import one_kind, replayed, unwritten
 from finetune.wardrobe import Wardrobe, dressed
-
-_BACKWARD = 2.0  # a training step costs about this many passes: 4 FLOPs per frozen weight and token, a pass 2
-_DECODE = 100.0  # writing one token costs about as much as reading this many: it is bound by memory, not arithmetic
 
 
 @dataclass(frozen=True)
@@ -217,23 +214,7 @@ def schedule(material: Material) -> Plan:
     none, spans = Looks((), (), ""), tuple(span.text for span in material.intended)
     packs = packing(recipe.machine.micro_batch)
     plan = Plan(recipe, conversations, split, vocabulary, formats, texts, epochs, length, packs, none, spans)
-    return replace(plan, looks=plan_looks(recipe.epochs, recipe.watch.every, recipe.watch.budget, cost(plan)))
-
-
-def cost(plan: Plan) -> Cost:
-    """Work of an epoch and of looks, in passes times tokens."""
-
-    def look(full: bool) -> float:
-        read: float = sum(len(item.ids) for group in plan.groups(full) for item in group.items)
-        alarmed = plan.most_alarmed() * (len(plan.recipe.formats.train) if full else 1)
-        writes = full or plan.recipe.watch.prompts
-        held_out = sum(len(item.ids) for item in plan.texts.held_out.values()) / len(plan.formats)
-        read += 2 * lineup.suite().each * held_out if full else 0.0  # strange formats, which the base reads then too
-        longest = max(len(item.ids) for item in plan.texts.trained.values())  # sampled formats are not looked at
-        return read + alarmed * longest + (_DECODE * plan.answer_limit() if writes else 0)
-
-    epoch = _BACKWARD * sum(len(item.ids) for item in plan.epochs.order(0))
-    return Cost(epoch, look(False), look(True))
+    return replace(plan, looks=plan_looks(recipe.epochs, recipe.watch.every, recipe.watch.budget, burden.cost(plan)))
 
 
 def _formats(recipe: Recipe, problems: list[Problem]) -> dict[str, Format]:

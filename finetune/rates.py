@@ -19,20 +19,23 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune import disk, machine
+from finetune import burden, disk, machine
 from finetune.bases import Known
+from finetune.burden import Burden, Kind
 from finetune.errors import Problem
 from finetune.memory import Shape
-from finetune.plan import Plan, cost
+from finetune.plan import Plan
 
 BUDGET = 10.0  # seconds a calibration may measure; loading libraries and making a base come before
 _PATIENCE = 300.0  # seconds after which one is given up
 _MOST = 40  # records kept
-_FORM = 1  # of a record
+_FORM = 2  # of a record
 _EPOCHS = 3  # epochs whose micro-batches stand for all: only drawn formats tell them apart
 _LISTS = ("tokens", "layer", "again", "forward", "rest", "head", "head_forward")
-_SINGLE = ("step_layer", "step_rest", "a_layer", "took")
+_SINGLE = ("step_layer", "step_rest", "a_layer", "took", "write_layer", "write_rest")
 _TRAINER = 0.006  # seconds a step that the library's own loop takes beside, measured on one CPU core
+_WRITER = 0.001  # the same for a written token
+_HEARD = 0.002  # the same for a text that is judged
 _SPECK = 1e-9  # seconds no figure is below
 
 
@@ -41,9 +44,9 @@ class Calibration:
     """Seconds at so many `tokens` in one micro-batch, ascending; each list is as long.
 
     `layer`: one decoder layer forward and backward; `again`: what its checkpointing adds; `forward`: without gradients;
-    `rest`: what the decoder does beside its layers; `head`, `head_forward`: as many tokens through the head;
-    `step_layer`, `step_rest`: an optimizer step.
-    `a_layer`: bytes kept a token and layer as on CUDA. `card_gib`: memory of the card it ran on.
+    `rest`: what the decoder does beside its layers; `head`: as many tokens through the head, `head_forward`: and asked
+    all that a look asks of them; `step_layer`, `step_rest`: an optimizer step; `write_layer`, `write_rest`: one token
+    more of each answer. `a_layer`: bytes kept a token and layer as on CUDA. `card_gib`: memory of the card it ran on.
     """
 
     tokens: tuple[int, ...]
@@ -57,6 +60,8 @@ class Calibration:
     step_rest: float
     a_layer: float
     took: float
+    write_layer: float = 0.0
+    write_rest: float = 0.0
     card_gib: float | None = None
 
 
@@ -72,6 +77,7 @@ def request(made: Plan, known: Known) -> dict[str, Any] | None:
         "quantization": wanted.quantization,
         "optimizer": wanted.optimizer.name,
         "rows": made.largest() // made.longest(),
+        "answers": burden.look(made, "full").answers,
     }
     return {"config": dict(config), **work, **adapter}
 
@@ -220,11 +226,28 @@ def _micro_batch(tokens: int, share: float, work: Work, by: Calibration) -> floa
 
 
 def looking_seconds(made: Plan, work: Work, by: Calibration) -> float:
-    """Of all planned looks, the base's included: their forward-equivalent tokens at the rate of a middling text."""
-    price = cost(made)
-    looks = made.looks
-    tokens = len(looks.light) * price.light + (len(looks.full) + 1) * price.full
-    return tokens * _forward(by, work.trained + work.read)
+    """Of all planned looks, the base's included, while no example echoes."""
+    return sum(count * look_seconds(burden.look(made, kind), work, by) for kind, count in _planned(made).items())
+
+
+def looking_as_before(made: Plan, took: Mapping[Kind, float]) -> float | None:
+    """The same where each kind of look took so many seconds before; None where a planned kind was never taken."""
+    planned = {kind: count for kind, count in _planned(made).items() if count}
+    return sum(count * took[kind] for kind, count in planned.items()) if planned.keys() <= took.keys() else None
+
+
+def _planned(made: Plan) -> Mapping[Kind, int]:
+    return {"base": 1, "light": len(made.looks.light), "full": len(made.looks.full)}
+
+
+def look_seconds(asked: Burden, work: Work, by: Calibration) -> float:
+    """Of one: texts read and scored one like the other, and the longest answer written to its limit."""
+    layers, texts = work.trained + work.read, max(asked.texts, 1)
+    middle = by.tokens[len(by.tokens) // 2]
+    reading = asked.read * layers * _at(by, by.forward, middle) / middle
+    scoring = texts * (_at(by, by.head_forward, asked.scored / texts) + _HEARD)
+    a_token = _WRITER + by.write_rest + (layers + work.filled) * by.write_layer
+    return reading + scoring + asked.written * a_token
 
 
 def filling_seconds(made: Plan, work: Work, by: Calibration) -> float:
@@ -232,12 +255,6 @@ def filling_seconds(made: Plan, work: Work, by: Calibration) -> float:
     texts = made.texts
     items = [*texts.whole.values(), *texts.held_out.values(), *texts.twins.values(), *texts.replay]
     return work.filled * sum(_at(by, by.forward, len(item.ids)) for item in items)
-
-
-def _forward(by: Calibration, layers: int) -> float:
-    """Seconds a token read without gradients."""
-    middle = by.tokens[len(by.tokens) // 2]
-    return (layers * _at(by, by.forward, middle) + _at(by, by.head_forward, middle)) / middle
 
 
 def _at(by: Calibration, seconds: Sequence[float], tokens: float) -> float:

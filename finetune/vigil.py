@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from finetune import disk, ear, forgotten, looks, prompts, rota, runs, verdict
+from finetune.burden import HELD_OUT_QUESTIONS
 from finetune.conversation import Turn
 from finetune.ear import Overheard
 from finetune.errors import refuse
@@ -31,7 +32,6 @@ from finetune.train import Progress, Spoken
 _JUDGED_AFTER = 50  # steps past the warm-up after which an adapter must have moved; at step 1 lora_A cannot, for B is 0
 _SAVE_SHARE = 0.02  # of wall time that checkpoints between looks may take
 _SAVE_BOUNDS = (20.0, 600.0)  # seconds between two of them
-_HELD_OUT_QUESTIONS = 2
 _HOW = {"words": "8-word echo", "long": "50-token echo", "whole": "whole echo"}
 _APART = 1.25  # an alarm calls for a full look once the travel is so many times that of the last one
 
@@ -317,5 +317,5 @@ class Vigil:
 def _questions(plan: Plan, own: Sequence[str], full: bool) -> Iterator[tuple[str, tuple[Turn, ...]]]:
     for text in own:
         yield "", (Turn("user", text),)
-    for name in plan.split.held_out[: _HELD_OUT_QUESTIONS if full else 0]:
+    for name in plan.split.held_out[: HELD_OUT_QUESTIONS if full else 0]:
         yield name, plan.conversations[name].turns[:-1]

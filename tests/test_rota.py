@@ -12,7 +12,7 @@ import small
 import test_planted
 import tiny
 
-from finetune import ear, grammar, lineup, minutes, plan, prompts, reach, recipe, robustness, rota, runs
+from finetune import burden, ear, grammar, lineup, minutes, plan, prompts, reach, recipe, robustness, rota, runs
 from finetune.hearing import Hearing
 from finetune.looks import Place
 from finetune.masks import encode
@@ -232,7 +232,7 @@ def test_looking_at_strange_formats_is_paid_from_the_budget(made: Plan, monkeypa
     paid, light = [], []
     for each in (0, 2):
         monkeypatch.setattr("finetune.lineup.suite", lambda each=each: known.model_copy(update={"each": each}))
-        cost = plan.cost(made)
+        cost = burden.cost(made)
         paid.append(cost.full)
         light.append(cost.light)
     monkeypatch.undo()

@@ -1,0 +1,133 @@
+"""What an epoch and a look ask of a model: tokens read, scored and written. Counted from the plan alone.
+
+From it comes when to look (`watch.budget`) and how long looks will take. It measures no machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from finetune import facts, lineup, prompts, suite
+from finetune.batches import Epochs, Group, Item
+from finetune.conversation import Conversation, Origin, Turn
+from finetune.estimate import Cost
+from finetune.format import Format
+from finetune.masks import Vocabulary, encode
+from finetune.recipe import Recipe
+
+Kind = Literal["base", "light", "full"]
+_BACKWARD = 2.0  # a training step costs about this many passes: 4 FLOPs per frozen weight and token, a pass 2
+_DECODE = 100.0  # writing one token costs about as much as reading this many: it is bound by memory, not arithmetic
+HELD_OUT_QUESTIONS = 2  # that a full look asks beside the recipe's own
+
+
+class Texts(Protocol):
+    """Every text of a run, by (example, format)."""
+
+    @property
+    def trained(self) -> Mapping[tuple[str, str], Item]: ...
+    @property
+    def held_out(self) -> Mapping[tuple[str, str], Item]: ...
+
+
+class Night(Protocol):
+    """What is asked of a plan."""
+
+    @property
+    def recipe(self) -> Recipe: ...
+    @property
+    def vocabulary(self) -> Vocabulary: ...
+    @property
+    def formats(self) -> Mapping[str, Format]: ...
+    @property
+    def first_format(self) -> str: ...
+    @property
+    def texts(self) -> Texts: ...
+    @property
+    def epochs(self) -> Epochs: ...
+    def answer_limit(self) -> int: ...
+    def most_alarmed(self) -> int: ...
+    def groups(self, full: bool) -> Sequence[Group]: ...
+
+
+@dataclass(frozen=True)
+class Burden:
+    """Of one look. `read`: tokens through all layers; `scored`: those of them that reach the head; `texts`: how many.
+
+    `written`: tokens of an answer as long as those that are taught, all `answers` at once; 0 where none is.
+    """
+
+    read: float
+    scored: float
+    texts: float
+    written: int
+    answers: int
+
+
+def look(night: Night, kind: Kind, alarmed: bool = False) -> Burden:
+    """Of a look at the base, a light or a full one; `alarmed`: as many examples echo as a look has room for.
+
+    Of drift, what the adapter is asked; texts of its facts and openings are short, and counted as a tenth of one.
+    """
+    full = kind != "light"
+    items = [item for group in night.groups(full) for item in group.items]
+    read: float = sum(len(item.ids) for item in items)
+    scored: float = sum(item.supervised for item in items)
+    share, texts = scored / max(read, 1), float(len(items))
+    if kind == "full":  # in strange formats, which the base reads then too
+        own = night.texts.held_out.values()
+        strange = 2 * lineup.suite().each / max(len(night.formats), 1)
+        read += strange * sum(len(item.ids) for item in own)
+        texts += strange * len(own)
+    if alarmed:
+        count = night.most_alarmed() * (len(night.recipe.formats.train) if full else 1)
+        read += count * max(len(item.ids) for item in night.texts.trained.values())  # sampled formats are not looked at
+        texts += count
+    scored = share * read
+    if full:
+        drift = _drift(night, 1 if kind == "base" else 2)
+        read, scored = read + drift, scored + drift / 2
+    answers = len(night.recipe.watch.prompts) + (HELD_OUT_QUESTIONS if full else 0)
+    return Burden(read, scored, texts, _written(night) if answers else 0, answers)
+
+
+def _written(night: Night) -> int:
+    taught = [item.supervised for item in night.texts.trained.values()]
+    return min(night.answer_limit(), round(sum(taught) / len(taught)))
+
+
+def cost(night: Night) -> Cost:
+    """Work of an epoch and of looks, in passes times tokens, as if examples echoed."""
+    epoch = _BACKWARD * sum(len(item.ids) for item in night.epochs.order(0))
+    light, full = (look(night, kind, alarmed=True) for kind in ("light", "full"))
+    return Cost(epoch, light.read + _DECODE * light.written, full.read + _DECODE * full.written)
+
+
+def _drift(night: Night, passes: int) -> float:
+    """Tokens: facts and openings once, neutral and held-out texts along which both are read in `passes` of 2."""
+    wanted, base, words = suite.read(), night.recipe.base, night.vocabulary
+    known = suite.known(base, wanted)
+
+    def size(text: str) -> int:
+        return len(words.tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def rendered(question: str, answer: str) -> int:
+        one = Conversation("", (Turn("user", question), Turn("assistant", answer)), Origin(""))
+        return len(encode(prompts.render(one, night.formats[night.first_format], words), words).ids)
+
+    begun, asked = suite.openings(), known[: wanted.openings_after]
+    once = facts.tokens(known, words)
+    if asked:  # every question before every opening: one of each tells all
+        once += len(begun) * sum(rendered(one.question, begun[0]) for one in asked)
+        once += len(asked) * sum(size(text) - size(begun[0]) for text in begun)
+    if passes == 1:
+        return once
+    own = [item for (_, name), item in _examples(night).items() if name == night.first_format]
+    neutral = sum(1 + size(one.text) for one in suite.snippets(base, wanted))
+    return once + 2 * (neutral + sum(len(item.ids) for item in own[: wanted.held_out]))
+
+
+def _examples(night: Night) -> Mapping[tuple[str, str], Item]:
+    return night.texts.held_out or night.texts.trained
