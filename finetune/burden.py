@@ -118,7 +118,7 @@ def _drift(night: Night, passes: int) -> float:
         return len(encode(prompts.render(one, night.formats[night.first_format], words), words).ids)
 
     begun, asked = suite.openings(), known[: wanted.openings_after]
-    once = facts.tokens(known, words)
+    once = sum(len(one.ids) for one in facts.each_choice(known, words))
     if asked:  # every question before every opening: one of each tells all
         once += len(begun) * sum(rendered(one.question, begun[0]) for one in asked)
         once += len(asked) * sum(size(text) - size(begun[0]) for text in begun)

@@ -87,10 +87,15 @@ class Probe:
         """Rows for answers that were written, each beside the base's."""
         return [self._spoken(one, place) for one in said]
 
+    def reads(self) -> Iterator[tuple[int, ...]]:
+        """Token ids of every text that a look reads: the same at each."""
+        yield from (one.tokens.ids for one in self.texts)
+        yield from (one.ids for _, _, some in self.openings for one in some)
+        yield from (one.ids for one in facts.each_choice(self.facts, self.vocabulary))
+
     def tokens(self) -> int:
-        """What one look reads, in tokens through the model once."""
-        begun = sum(len(one.ids) for _, _, some in self.openings for one in some)
-        return 2 * sum(len(one.tokens.ids) for one in self.texts) + begun + facts.tokens(self.facts, self.vocabulary)
+        """What one look reads, in tokens through the model once; the texts along which scripts are looked for twice."""
+        return sum(map(len, self.reads())) + sum(len(one.tokens.ids) for one in self.texts)
 
     # read along given texts
 

@@ -95,7 +95,7 @@ def asked(question: str, answer: str, vocabulary: Vocabulary) -> Tokens:
 
 def ask(speaker: Scores, facts: Sequence[Fact], vocabulary: Vocabulary, base: bool = False) -> list[Held]:
     """One pass over every choice of every fact, in order."""
-    texts = [asked(fact.question, choice, vocabulary) for fact in facts for choice in fact.choices]
+    texts = list(each_choice(facts, vocabulary))
     scores = speaker.score([one.ids for one in texts], [one.trained for one in texts], base=base) if texts else []
     each = iter([-float(score.nll) for score in scores])
     return [_held([next(each) for _ in fact.choices], fact.right) for fact in facts]
@@ -106,9 +106,9 @@ def _held(log_p: Sequence[float], right: int) -> Held:
     return Held(tuple((odds / odds.sum()).tolist()), right)
 
 
-def tokens(facts: Sequence[Fact], vocabulary: Vocabulary) -> int:
-    """That one pass over them reads."""
-    return sum(len(asked(one.question, choice, vocabulary).ids) for one in facts for choice in one.choices)
+def each_choice(facts: Sequence[Fact], vocabulary: Vocabulary) -> Iterator[Tokens]:
+    """The texts that one pass reads: every choice of every fact, in order."""
+    return (asked(one.question, choice, vocabulary) for one in facts for choice in one.choices)
 
 
 def map_at_3(ranks: Sequence[int]) -> float | None:

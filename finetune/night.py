@@ -133,7 +133,7 @@ def _watched(
     task: Task, made: Plan, looks: LookPlan, base: model.Base, screen: Audience, save_every: float | None
 ) -> Outcome:
     drifting = drift.probe(made, base.name, model.fingerprint(base.folder), task.run.path / drift.CACHE)
-    besides = chain((one.tokens.ids for one in drifting.texts), rota.texts(made, len(looks.full) + looks.alarm))
+    besides = chain(drifting.reads(), rota.texts(made, len(looks.full) + looks.alarm))
     loaded = loading.load(task.run, made, base, besides, screen.say)
     speaker, watch = loaded.speaker, task.recipe.watch
     asked: dict[str, Any] = {"probes": (drifting.look,), "readers": (drifting.read,)}

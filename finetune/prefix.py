@@ -136,11 +136,14 @@ class Prefix(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """(1, T) to (1, T, hidden) fp32."""
-        return self._stream(tuple(input_ids[0].tolist()))[None].to(input_ids.device)
+        return self.several([tuple(input_ids[0].tolist())], input_ids.device)[0]
 
-    def _stream(self, ids: Ids) -> Tensor:
-        known = self._depot.get(name_of(ids))
-        return known if known is not None else self._lower.stream(ids)
+    def several(self, texts: Sequence[Ids], device: torch.device) -> list[Tensor]:
+        """The same of each text, on a device. Those that are not kept pass the lower layers in one go."""
+        known = {ids: self._depot.get(name_of(ids)) for ids in texts}
+        missing = [ids for ids, hidden in known.items() if hidden is None]
+        known |= dict(zip(missing, self._lower.streams(missing), strict=True)) if missing else {}
+        return [hidden[None].to(device) for ids in texts if (hidden := known[ids]) is not None]
 
 
 def _portions(texts: list[Ids], width: int, size: float) -> Iterator[list[Ids]]:
@@ -189,20 +192,20 @@ class Lower:
             return True
         return lots.free(self.source.device) * 0.9 > self.layer_bytes * self.source.first
 
-    def stream(self, ids: Ids) -> Tensor:
-        """Of one text, (T, hidden) fp32 on the host; the same bits whether all layers fit at once or one by one."""
+    def streams(self, texts: Sequence[Ids]) -> list[Tensor]:
+        """Each (T, hidden) fp32 on the host, alone; the same bits whether all layers fit at once or one by one."""
         if not self.fits():
-            return streamed(self.source, [ids])[0]
+            return streamed(self.source, texts)
         with self.here() as loaded:
             decoder = loaded.get_decoder()
             norm, decoder.norm = decoder.norm, nn.Identity()
             try:
                 with torch.no_grad(), model.working_precision(self.source.device):
-                    given = torch.tensor([ids], device=self.source.device)
-                    hidden: Tensor = decoder(input_ids=given, use_cache=False).last_hidden_state[0].float().cpu()
+                    given = [torch.tensor([ids], device=self.source.device) for ids in texts]
+                    read = [decoder(input_ids=one, use_cache=False).last_hidden_state[0].float().cpu() for one in given]
             finally:
                 decoder.norm = norm
-        return hidden
+        return read
 
 
 @dataclass

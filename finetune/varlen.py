@@ -51,11 +51,18 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 def hidden(plain: Any, texts: Sequence[Sequence[int]]) -> Tensor:
     """Last hidden states of a bare model, (sum of lengths, hidden), text after text. Gradients flow as ever."""
-    table, device = plain.get_input_embeddings(), next(plain.parameters()).device
-    embedded = [table(torch.tensor([list(ids)], device=device)) for ids in texts]
+    embedded = _embedded(plain, texts)
     if len(texts) > 1 and not _isolates(plain, embedded[0]):
         return torch.cat([_read(plain, one, [one.shape[1]]) for one in embedded])
     return _read(plain, torch.cat(embedded, dim=1), [one.shape[1] for one in embedded])
+
+
+def _embedded(plain: Any, texts: Sequence[Sequence[int]]) -> list[Tensor]:
+    """(1, T, hidden) each, from the table; what stands in its place may do several at once better than one by one."""
+    table, device = plain.get_input_embeddings(), next(plain.parameters()).device
+    if several := getattr(table, "several", None):
+        return list(several([tuple(ids) for ids in texts], device))
+    return [table(torch.tensor([list(ids)], device=device)) for ids in texts]
 
 
 def _read(plain: Any, embedded: Tensor, sizes: list[int]) -> Tensor:

@@ -93,6 +93,9 @@ def test_what_nobody_kept_is_computed_when_asked_for_with_the_same_bits(folder: 
         (loss, _), (ours, _) = (loss_and_gradients(one.model, [text]) for one in (kept, bare))
         assert torch.equal(loss, ours)
     assert bare.lower.calls == len(TEXTS)
+    (loss, _), (ours, _) = (loss_and_gradients(one.model, TEXTS) for one in (kept, bare))
+    assert torch.equal(loss, ours)
+    assert bare.lower.calls == len(TEXTS) + 1, "those that are asked for together come together"
 
 
 def test_generation_uses_the_whole_model_and_leaves_the_short_one(folder: Path, tmp_path: Path) -> None:
@@ -247,7 +250,11 @@ def test_a_night_that_cannot_write_answers_goes_on_without_them_and_says_so_once
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(prefix.Lower, "fits", lambda _self: False)
+    asked: list[prefix.Ids] = []
+    real = prefix.Lower.streams
+    monkeypatch.setattr(prefix.Lower, "streams", lambda self, texts: asked.extend(texts) or real(self, texts))
     run = trained(tmp_path, "mute")
+    assert asked == [], "looks read nothing that was not stored beforehand"
     assert runs.read_json(run.run_json)["state"] == "finished"
     assert losses(run, "look")
     assert runs.read_lines(run.samples) == []
