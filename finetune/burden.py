@@ -20,6 +20,7 @@ from finetune.recipe import Recipe
 Kind = Literal["base", "light", "full"]
 _BACKWARD = 2.0  # a training step costs about this many passes: 4 FLOPs per frozen weight and token, a pass 2
 _DECODE = 100.0  # writing one token costs about as much as reading this many: it is bound by memory, not arithmetic
+_FEW = 0.1  # of the tokens read for drift
 HELD_OUT_QUESTIONS = 2  # that a full look asks beside the recipe's own
 
 
@@ -69,7 +70,7 @@ class Burden:
 def look(night: Night, kind: Kind, alarmed: bool = False) -> Burden:
     """Of a look at the base, a light or a full one; `alarmed`: as many examples echo as a look has room for.
 
-    Of drift, what the adapter is asked; texts of its facts and openings are short, and counted as a tenth of one.
+    Drift's own texts count in `read`, and little in `scored`: of most of them a few tokens are asked, and only log p.
     """
     full = kind != "light"
     items = [item for group in night.groups(full) for item in group.items]
@@ -88,7 +89,7 @@ def look(night: Night, kind: Kind, alarmed: bool = False) -> Burden:
     scored = share * read
     if full:
         drift = _drift(night, 1 if kind == "base" else 2)
-        read, scored = read + drift, scored + drift / 2
+        read, scored = read + drift, scored + _FEW * drift
     answers = len(night.recipe.watch.prompts) + (HELD_OUT_QUESTIONS if full else 0)
     return Burden(read, scored, texts, _written(night) if answers else 0, answers)
 

@@ -215,14 +215,13 @@ class Rig:
     more: Piece
     head: Head
     clock: Clock
+    twice: bool  # whether layers may be computed twice; on a CPU they are not unless the recipe says so
 
     def once(self, tokens: int) -> float:
         """Time all there is at one token count; seconds of it all."""
         all_there_is: dict[str, Callable[[int], object]] = {
             "one": self.one.training,
             "more": self.more.training,
-            "one again": self.one.again,
-            "more again": self.more.again,
             "one reads": self.one.reading,
             "more reads": self.more.reading,
             "head": self.head.training,
@@ -233,6 +232,7 @@ class Rig:
             "more writes": self.more.writing,
             "head writes": lambda _: self.head.writing(self.one.answers),
         }
+        all_there_is |= {"one again": self.one.again, "more again": self.more.again} if self.twice else {}
         self.one.begin(tokens)
         self.more.begin(tokens)
         return sum(self.clock.time(name, tokens, work) for name, work in all_there_is.items())
@@ -240,12 +240,13 @@ class Rig:
     def found(self, counts: Sequence[int], took: float) -> Calibration:
         """What the rounds at these token counts amount to, and the memory of a few passes more."""
         layer = [self._layer("", tokens) for tokens in counts]
+        again = [self._layer(" again", tokens) for tokens in counts] if self.twice else layer
         step, write, median = self._layer(" steps", counts[0]), self._layer(" writes", counts[0]), self.clock.median
         on_card = self.one.device.type == "cuda"
         return Calibration(
             tuple(counts),
             tuple(layer),
-            tuple(max(0.0, self._layer(" again", tokens) - own) for tokens, own in zip(counts, layer, strict=True)),
+            tuple(max(0.0, took - own) for took, own in zip(again, layer, strict=True)),
             tuple(self._layer(" reads", tokens) for tokens in counts),
             tuple(max(0.0, median("one", tokens) - own) for tokens, own in zip(counts, layer, strict=True)),
             tuple(median("head", tokens) for tokens in counts),
@@ -289,7 +290,8 @@ def rig(asked: Mapping[str, Any], now: Callable[[], float] = time.monotonic) -> 
         folder = random_base(asked["config"], layers, Path(name))
         one = _piece(folder, Slice(0, 1), asked, device)
         more = _piece(folder, Slice(0, layers, outside=False), asked, device)
-    return Rig(one, more, Head(model.bare(one.net), device), Clock(device, asked["budget"], now))
+    clock, twice = Clock(device, asked["budget"], now), asked["twice"] or device.type != "cpu"
+    return Rig(one, more, Head(model.bare(one.net), device), clock, twice)
 
 
 def _layers(config: Mapping[str, Any]) -> int:

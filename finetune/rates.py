@@ -77,6 +77,7 @@ def request(made: Plan, known: Known) -> dict[str, Any] | None:
         "quantization": wanted.quantization,
         "optimizer": wanted.optimizer.name,
         "rows": made.largest() // made.longest(),
+        "twice": made.recipe.machine.activation_checkpointing is True,
         "answers": burden.look(made, "full").answers,
     }
     return {"config": dict(config), **work, **adapter}
@@ -195,21 +196,26 @@ class Work:
 
 
 def range_of(made: Plan) -> list[int]:
-    """Token counts worth measuring: the smallest micro-batch of an epoch, the largest, one between."""
-    sizes = [tokens for step in made.micro_batches(0) for tokens in step]
-    low, high = min(sizes), max(*sizes, made.largest())
+    """Token counts worth measuring: the smallest micro-batch of a few epochs, the largest, one between."""
+    sizes = [tokens for epoch in _some(made) for step in made.micro_batches(epoch) for tokens in step]
+    low, high = min(sizes), max(sizes)
     return sorted({low, round((low * high) ** 0.5), high})
 
 
 def training_seconds(made: Plan, work: Work, by: Calibration) -> float:
     """Of all epochs, without looks."""
-    epochs = sorted({round(one * (made.recipe.epochs - 1) / max(1, _EPOCHS - 1)) for one in range(_EPOCHS)})
+    epochs = _some(made)
     items = made.epochs.order(0)
     share = sum(item.supervised for item in items) / sum(len(item.ids) for item in items)
     total = 0.0
     for epoch in epochs:
         total += sum(step_seconds(step, share, work, by) for step in made.micro_batches(epoch))
     return total * made.recipe.epochs / len(epochs)
+
+
+def _some(made: Plan) -> list[int]:
+    """Epochs, counted from 0, spread over the night."""
+    return sorted({round(one * (made.recipe.epochs - 1) / max(1, _EPOCHS - 1)) for one in range(_EPOCHS)})
 
 
 def step_seconds(step: Sequence[int], share: float, work: Work, by: Calibration) -> float:

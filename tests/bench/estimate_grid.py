@@ -118,7 +118,8 @@ def compared(folder: Path, cell: Cell) -> tuple[float, float]:
     adapter = {"rank": cell.rank, "targets": list(tiny.ALL), "dropout": 0.0, "quantization": "nf4", "rows": cell.batch}
     config = json.loads((folder / "config.json").read_text())
     tokens = cell.batch * cell.length
-    rig = calibrate.rig({"config": config, **adapter, "optimizer": "adamw", "budget": 0.0})
+    looks = {"answers": 1, "twice": cell.checkpointing}
+    rig = calibrate.rig({"config": config, **adapter, **looks, "optimizer": "adamw", "budget": 0.0})
     watcher = Between(rig, [128, 512] if tokens == 320 else [tokens])
     net = tiny.adapted(folder, "nf4", model.LoraShape(cell.rank, cell.rank, 0.0, tiny.ALL))
     items = tiny.texts([cell.length] * cell.batch)
