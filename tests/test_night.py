@@ -29,6 +29,12 @@ HARD: dict[str, Any] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _short_drift(request: pytest.FixtureRequest) -> None:
+    if "left_alone" not in request.fixturenames:  # whose killed twins are programs of their own
+        request.getfixturevalue("short_drift")
+
+
 def run(recipe: Path, folder: Path, **order: Any) -> night.Outcome:
     task = orders.read(orders.Order(str(recipe), out=folder, **order))
     return night.run(task, Screen(Console(file=io.StringIO())), save_every=1e9, page=False)
@@ -225,9 +231,10 @@ def test_more_and_refit_need_a_finished_run(tmp_path: Path) -> None:
         orders.read(orders.Order(str(recipe), more=3))
 
 
-def test_stopping_saves_and_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = small.recipe(tmp_path, **HARD)
-    alone = run(small.recipe(tmp_path / "b", **HARD), tmp_path / "alone")
+def test_stopping_saves_and_says_how_to_go_on(
+    left_alone: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, alone = left_alone
     real = night.Vigil.step
 
     def step_and_ask(self: Any, row: dict[str, Any]) -> None:
@@ -242,7 +249,7 @@ def test_stopping_saves_and_says_how_to_go_on(tmp_path: Path, monkeypatch: pytes
     assert RunFolder(tmp_path / "run").newest_valid(full=True).step == 4
     monkeypatch.setattr(night.Vigil, "step", real)
     again(tmp_path / "run")
-    assert_same_end(alone.folder, tmp_path / "run")
+    assert_same_end(alone, tmp_path / "run")
 
 
 def test_a_full_disk_keeps_the_last_good_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

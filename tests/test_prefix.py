@@ -231,6 +231,7 @@ def losses(run: runs.RunFolder, kind: str) -> list[float]:
     return [row["nll" if kind == "look" else "loss"] for row in runs.read_lines(run.metrics) if row["kind"] == kind]
 
 
+@pytest.mark.usefixtures("short_drift")
 def test_a_night_on_stored_activations_is_the_same_night(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     stored = trained(tmp_path, "stored", formats={"sampled": 0.3})
@@ -245,6 +246,7 @@ def test_a_night_on_stored_activations_is_the_same_night(tmp_path: Path, monkeyp
     assert list((tmp_path / "cache").rglob("*.safetensors"))
 
 
+@pytest.mark.usefixtures("short_drift")
 def test_a_night_that_cannot_write_answers_goes_on_without_them_and_says_so_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

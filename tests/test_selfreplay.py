@@ -74,6 +74,7 @@ def test_a_base_that_never_ends_is_refused(made: Plan, tmp_path: Path) -> None:
     assert not (tmp_path / "x.jsonl").exists()
 
 
+@pytest.mark.usefixtures("short_drift")
 def test_a_run_writes_them_once_and_goes_on_with_the_same(tmp_path: Path) -> None:
     def run(epochs: int) -> dict[str, Any]:
         wanted = small.recipe(tmp_path, 4, regularise={"self_replay": 0.3}, epochs=epochs, quantization="none")

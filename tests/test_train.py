@@ -377,6 +377,7 @@ def replay(folder: Path) -> dict[str, Any]:
     return {"replay": {"path": str(folder / "general.jsonl"), "share": 0.3}}
 
 
+@pytest.mark.usefixtures("short_drift")
 @pytest.mark.parametrize("what", ["goldfish", "replay", "all", "fixed"])
 def test_goldfish_and_replay_and_all_formats_run(tmp_path: Path, what: str) -> None:
     small.dataset(tmp_path / "examples")

@@ -4,8 +4,8 @@
 
 Prints a table of medians. The ratio is void where tokens differ or the loss curves do not agree. Looks are on for ours.
 All start from a cold process: imports and loading are in the wall time, and told apart from the steps. Beside them ours
-with the top quarter alone, one layer of four: fewer weights learn, so its loss is told and no ratio rests on it. Its first
-round stores the activations, the later ones find them.
+with the top quarter alone, one layer of four: fewer weights learn, so its loss is told and no ratio rests on it. Only
+its first round has to store the activations.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,7 @@ def main() -> None:
     report(arms, tokens, supervised)
 
 
-def report(pairs: list[tuple[dict[str, Any], ...]], tokens: int, supervised: int) -> None:
+def report(pairs: Sequence[tuple[dict[str, Any], ...]], tokens: int, supervised: int) -> None:
     def middle(side: int, key: str) -> float:
         return statistics.median(float(pair[side][key]) for pair in pairs)
 
