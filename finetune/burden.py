@@ -99,6 +99,12 @@ def _written(night: Night) -> int:
     return min(night.answer_limit(), round(sum(taught) / len(taught)))
 
 
+def besides(night: Night, full: int) -> float:
+    """Tokens of texts that so many full looks read and that are not in the plan: drift's, and strange formats."""
+    own = sum(len(item.ids) for item in night.texts.held_out.values()) / max(len(night.formats), 1)
+    return (_drift(night, 1) + _drift(night, 2)) / 2 + full * lineup.suite().each * own
+
+
 def cost(night: Night) -> Cost:
     """Work of an epoch and of looks, in passes times tokens, as if examples echoed."""
     epoch = _BACKWARD * sum(len(item.ids) for item in night.epochs.order(0))

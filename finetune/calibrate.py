@@ -66,19 +66,20 @@ def _filled(weight: Tensor, noise: Tensor) -> Tensor:
 
 @dataclass
 class Piece:
-    """Some layers with an adapter, and what is done with them. `rows`: texts of a micro-batch; `answers`: of a look."""
+    """Some layers with an adapter, and what is done with them. `each`: tokens of a text; `answers`: of a look."""
 
     net: Any
     layers: int
     device: torch.device
     optimizer: Any
-    rows: int = 1
+    each: int
     answers: int = 1
     _written: Any = None  # the cache of answers that are being written
 
     def hidden(self, tokens: int) -> Tensor:
-        """(rows, tokens / rows, hidden) of texts of zeros: attention looks at one's own text alone."""
-        ids = torch.zeros((self.rows, max(1, tokens // self.rows)), dtype=torch.long, device=self.device)
+        """(texts, tokens / texts, hidden) of texts of zeros: attention looks at one's own text alone."""
+        texts = max(1, round(tokens / self.each))
+        ids = torch.zeros((texts, tokens // texts), dtype=torch.long, device=self.device)
         last: Tensor = model.bare(self.net).get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
         return last
 
@@ -135,7 +136,7 @@ def _piece(folder: Path, part: Slice, asked: Mapping[str, Any], device: torch.de
     kinds = {"adamw_8bit": bitsandbytes.optim.AdamW8bit, "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit}
     kind = kinds.get(asked["optimizer"], torch.optim.AdamW) if device.type == "cuda" else torch.optim.AdamW
     return Piece(
-        net, part.stop, device, kind(model.adapter_weights(net).values(), 1e-9), asked["rows"], asked["answers"]
+        net, part.stop, device, kind(model.adapter_weights(net).values(), 1e-9), asked["each"], asked["answers"]
     )
 
 

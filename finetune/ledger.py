@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from finetune import earlier, machine, memory, rates
+from finetune import burden, earlier, machine, memory, rates
 from finetune.bases import Known
 from finetune.earlier import Earlier
 from finetune.errors import Problem
@@ -188,8 +188,9 @@ def _prefix(made: Plan, load: Load) -> Fact:
     """Stored activations; sampled formats come on top, computed when they are drawn."""
     texts = made.texts
     items = [*texts.whole.values(), *texts.held_out.values(), *texts.twins.values(), *texts.replay]
-    size, limit = memory.prefix(load, sum(len(item.ids) for item in items)), made.recipe.machine.prefix_gib
-    why = f"{len(items)} texts below layer {load.below}, computed once and kept between runs"
+    tokens = sum(len(item.ids) for item in items) + round(burden.besides(made, len(made.looks.full)))
+    size, limit = memory.prefix(load, tokens), made.recipe.machine.prefix_gib
+    why = f"{len(items)} texts and those of looks below layer {load.below}, computed once and kept between runs"
     over = (
         f"; more than machine.prefix_gib {limit:g}: the rest is computed whenever it is needed" if size > limit else ""
     )

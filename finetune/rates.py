@@ -76,7 +76,7 @@ def request(made: Plan, known: Known) -> dict[str, Any] | None:
     work = {
         "quantization": wanted.quantization,
         "optimizer": wanted.optimizer.name,
-        "rows": made.largest() // made.longest(),
+        "each": made.longest(),
         "twice": made.recipe.machine.activation_checkpointing is True,
         "answers": burden.look(made, "full").answers,
     }
@@ -260,7 +260,9 @@ def filling_seconds(made: Plan, work: Work, by: Calibration) -> float:
     """Of what the lower layers make of every text, once."""
     texts = made.texts
     items = [*texts.whole.values(), *texts.held_out.values(), *texts.twins.values(), *texts.replay]
-    return work.filled * sum(_at(by, by.forward, len(item.ids)) for item in items)
+    seconds = sum(_at(by, by.forward, len(item.ids)) for item in items)
+    besides = burden.besides(made, len(made.looks.full))
+    return work.filled * (seconds + besides * _at(by, by.forward, by.tokens[0]) / by.tokens[0])
 
 
 def _at(by: Calibration, seconds: Sequence[float], tokens: float) -> float:

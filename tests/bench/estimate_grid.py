@@ -115,7 +115,7 @@ class Between(tiny.Notes):
 
 def compared(folder: Path, cell: Cell) -> tuple[float, float]:
     """Seconds a step, estimated and measured; a length of 320 is estimated from 128 and 512."""
-    adapter = {"rank": cell.rank, "targets": list(tiny.ALL), "dropout": 0.0, "quantization": "nf4", "rows": cell.batch}
+    adapter = {"rank": cell.rank, "targets": list(tiny.ALL), "dropout": 0.0, "quantization": "nf4", "each": cell.length}
     config = json.loads((folder / "config.json").read_text())
     tokens = cell.batch * cell.length
     looks = {"answers": 1, "twice": cell.checkpointing}
