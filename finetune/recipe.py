@@ -174,7 +174,7 @@ class Machine(Section):
     """How the work is laid out on this computer. Changes speed and memory, not what is learned."""
 
     micro_batch: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
-    """Examples on the GPU at once: a number that divides batch_size; auto: up to 2,048 tokens, fewer if memory is short."""
+    """Examples on the GPU at once: a number dividing batch_size; auto: up to 2,048 tokens, fewer if memory is short."""
     activation_checkpointing: Literal["auto"] | bool = "auto"
     """Compute layers twice to save memory. auto does it for as few layers as each micro-batch needs to fit."""
     prefix_gib: Annotated[float, Field(ge=0)] = 20.0
