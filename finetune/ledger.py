@@ -256,7 +256,7 @@ def _calibrated(made: Plan, load: Load, room: float | None, found: Calibration) 
     reasons = {
         "training": f"{made.length.total:,} steps" + (f", {again} layers computed twice" if again else ""),
         "looks": "the base's included; more if examples begin to echo",
-        "lower layers": f"{load.below} of them, once",
+        "lower layers": f"{load.below} of them, once for each text; for one in a drawn format when its turn comes",
     }
     for name, minutes in parts.items():
         if minutes:

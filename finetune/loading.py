@@ -5,7 +5,7 @@ It loads, attaches and fills; it trains nothing and writes one line of run.json:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -20,6 +20,8 @@ from finetune.recipe import Recipe
 from finetune.runs import RunFolder
 from finetune.speak import Speaker
 
+_AHEAD = 20  # epochs, at most
+
 
 @dataclass(frozen=True)
 class Loaded:
@@ -29,6 +31,7 @@ class Loaded:
     start: model.Start
     base: model.Base
     speaker: Speaker
+    prefix: prefix.Prefix | None = None  # what stands in the lower layers' place
 
 
 def load(
@@ -47,7 +50,7 @@ def load(
     speaker = Speaker(adapted, made.vocabulary.tokenizer, made.vocabulary.eos_id)
     if short:
         speaker.whole = short.whole
-    return Loaded(adapted, model.Start(adapted), base, speaker)
+    return Loaded(adapted, model.Start(adapted), base, speaker, short.prefix if short else None)
 
 
 def _top(wanted: Recipe) -> int | None:
@@ -77,6 +80,31 @@ def _shortened(
     known = runs.read_json(run.run_json)["derived"]
     run.record(derived={**known, "stored_activations_gib": Derived(filled.gib, why)})
     return short
+
+
+def ahead(made: Plan, loaded: Loaded) -> Callable[[int], None]:
+    """To be told that an epoch begins: the lower layers then do what is not stored of it and the next ones, in one go.
+
+    Those are texts in drawn formats, another one each time, and what `machine.prefix_gib` has no room for.
+    """
+    lower, last, held = loaded.prefix, -(-made.length.total // made.length.per_epoch), 0
+
+    def begin(epoch: int) -> None:
+        nonlocal held
+        if lower is None or epoch < held:
+            return
+        reached = epoch
+
+        def coming() -> Iterator[prefix.Ids]:
+            nonlocal reached
+            for reached in range(epoch, min(epoch + _AHEAD, last)):
+                yield from (item.ids for item in made.epochs.order(reached))
+            reached += 1
+
+        lower.ahead(coming())
+        held = max(reached, epoch + 1)
+
+    return begin
 
 
 def twice(made: Plan, loaded: Loaded) -> Callable[[int], int]:

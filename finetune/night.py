@@ -294,6 +294,7 @@ def _job(task: Task, made: Plan, vigil: Vigil, loaded: Loaded, work: Path) -> Jo
         work=work,
         new_checkpoint=vigil.new_checkpoint,
         twice=loading.twice(made, loaded),
+        ahead=loading.ahead(made, loaded),
         listen=vigil.listen,
     )
 

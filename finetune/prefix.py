@@ -121,18 +121,39 @@ class Prefix(nn.Module):
     def __init__(self, source: Source, depot: Depot, lower: Lower) -> None:
         super().__init__()
         self._source, self._depot, self._lower = source, depot, lower
+        self._kept: set[Ids] = set()  # on the disk, as far as `fill` knows
+        self._near: dict[Ids, Tensor] = {}  # held in memory, for they will be asked for soon
 
     def fill(self, texts: Iterable[Ids], gib_at_once: float = 2.0) -> Filled:
         """Compute and keep whatever is not kept yet, as many texts at once as fit into `gib_at_once` of memory."""
         began = time.monotonic()
         wanted = list(dict.fromkeys(texts))
         missing = [ids for ids in wanted if self._depot.get(name_of(ids)) is None]
-        kept = len(wanted) - len(missing)
+        kept = {*wanted} - {*missing}
         for some in _portions(missing, self._lower.width, gib_at_once * _GIB):
-            for ids, hidden in zip(some, streamed(self._source, some), strict=True):
-                kept += self._depot.put(name_of(ids), hidden)
+            made = zip(some, streamed(self._source, some), strict=True)
+            kept |= {ids for ids, hidden in made if self._depot.put(name_of(ids), hidden)}
+        self._kept |= kept
         gib = sum(len(ids) for ids in wanted) * self._lower.width * 4 / _GIB
-        return Filled(len(wanted), len(missing), kept, gib, time.monotonic() - began)
+        return Filled(len(wanted), len(missing), len(kept), gib, time.monotonic() - began)
+
+    def ahead(self, texts: Iterable[Ids], gib: float = 1.0) -> None:
+        """Hold in memory the first of these texts that are not kept, up to `gib`; computed in one go.
+
+        What was held before and is not among them goes.
+        """
+        wanted: dict[Ids, Tensor | None] = {}
+        room = gib * _GIB
+        for ids in texts:
+            if ids in self._kept or ids in wanted:
+                continue
+            room -= len(ids) * self._lower.width * 4
+            if room < 0:
+                break
+            wanted[ids] = self._near.get(ids)
+        missing = [ids for ids, hidden in wanted.items() if hidden is None]
+        made = dict(zip(missing, self._lower.streams(missing), strict=True)) if missing else {}
+        self._near = {ids: made[ids] if hidden is None else hidden for ids, hidden in wanted.items()}
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """(1, T) to (1, T, hidden) fp32."""
@@ -140,7 +161,7 @@ class Prefix(nn.Module):
 
     def several(self, texts: Sequence[Ids], device: torch.device) -> list[Tensor]:
         """The same of each text, on a device. Those that are not kept pass the lower layers in one go."""
-        known = {ids: self._depot.get(name_of(ids)) for ids in texts}
+        known = {ids: self._near[ids] if ids in self._near else self._depot.get(name_of(ids)) for ids in texts}
         missing = [ids for ids, hidden in known.items() if hidden is None]
         known |= dict(zip(missing, self._lower.streams(missing), strict=True)) if missing else {}
         return [hidden[None].to(device) for ids in texts if (hidden := known[ids]) is not None]

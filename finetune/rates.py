@@ -257,12 +257,13 @@ def look_seconds(asked: Burden, work: Work, by: Calibration) -> float:
 
 
 def filling_seconds(made: Plan, work: Work, by: Calibration) -> float:
-    """Of what the lower layers make of every text, once."""
+    """Of what the lower layers make of every text, once; of one in a drawn format, whenever it is."""
     texts = made.texts
     items = [*texts.whole.values(), *texts.held_out.values(), *texts.twins.values(), *texts.replay]
     seconds = sum(_at(by, by.forward, len(item.ids)) for item in items)
     besides = burden.besides(made, len(made.looks.full))
-    return work.filled * (seconds + besides * _at(by, by.forward, by.tokens[0]) / by.tokens[0])
+    drawn = made.recipe.formats.sampled * made.recipe.epochs * sum(len(item.ids) for item in made.epochs.order(0))
+    return work.filled * (seconds + (besides + drawn) * _at(by, by.forward, by.tokens[0]) / by.tokens[0])
 
 
 def _at(by: Calibration, seconds: Sequence[float], tokens: float) -> float:

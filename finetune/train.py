@@ -107,6 +107,7 @@ class Job:
     new_checkpoint: Callable[[int], AbstractContextManager[Path]]
     listen: Listen | None = None
     twice: Callable[[int], int] = lambda _tokens: 0  # lower layers that compute a micro-batch of so many tokens twice
+    ahead: Callable[[int], None] = lambda _epoch: None  # told that an epoch begins, counted from 0
 
 
 class Collator:
@@ -133,11 +134,13 @@ class _Pulse(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
     watcher: Watcher
     per_epoch: int
     eps: float
+    ahead: Callable[[int], None]
     gradient: float | None = None
     tokens: int = 0
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_more: Any) -> None:
         self.collator.epoch = state.global_step // self.per_epoch
+        self.ahead(self.collator.epoch)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_more: Any) -> None:
         self.gradient = gradient_over_eps(model, self.eps) if self.watcher.wants(state.global_step + 1) else None
@@ -152,7 +155,7 @@ class NightTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped
         self.progress = Progress()
         self._said: list[tuple[list[Item], list[int], Tensor, Tensor]] = []
         self._collator = Collator(job.epochs)
-        self._pulse = _Pulse(self._collator, watcher, job.length.per_epoch, job.optimizer.eps)
+        self._pulse = _Pulse(self._collator, watcher, job.length.per_epoch, job.optimizer.eps, job.ahead)
         before = {name: weight.detach().clone() for name, weight in adapter_weights(model).items()}
         super().__init__(
             model=model,

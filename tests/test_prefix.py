@@ -98,6 +98,23 @@ def test_what_nobody_kept_is_computed_when_asked_for_with_the_same_bits(folder: 
     assert bare.lower.calls == len(TEXTS) + 1, "those that are asked for together come together"
 
 
+def test_texts_that_will_be_asked_for_are_computed_in_one_go_and_held_for_as_long(folder: Path, tmp_path: Path) -> None:
+    kept, ahead = (shortened(folder, tmp_path / name) for name in ("a", "b"))
+    kept.prefix.fill(TEXTS)
+    ahead.prefix.fill(TEXTS[:1])
+    a_text = len(TEXTS[1]) * ahead.lower.width * 4 / 2**30
+    ahead.prefix.ahead(TEXTS, 1.5 * a_text)
+    assert ahead.lower.calls == 1
+    for text in TEXTS[:2]:
+        assert torch.equal(loss_and_gradients(kept.model, [text])[0], loss_and_gradients(ahead.model, [text])[0])
+    assert ahead.lower.calls == 1
+    ahead.prefix.ahead(TEXTS, 1.5 * a_text)
+    assert ahead.lower.calls == 1, "what is held is not computed again"
+    ahead.prefix.ahead(TEXTS[2:])
+    assert ahead.lower.calls == 2
+    assert [*ahead.prefix._near] == TEXTS[2:]
+
+
 def test_generation_uses_the_whole_model_and_leaves_the_short_one(folder: Path, tmp_path: Path) -> None:
     whole, short = attached(model.load_base(folder, "none", tiny.CPU)), shortened(folder, tmp_path, "none")
     words = tiny.tokenizer().backend_tokenizer
@@ -234,7 +251,12 @@ def losses(run: runs.RunFolder, kind: str) -> list[float]:
 @pytest.mark.usefixtures("short_drift")
 def test_a_night_on_stored_activations_is_the_same_night(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    asked: list[list[prefix.Ids]] = []
+    real = prefix.Lower.streams
+    monkeypatch.setattr(prefix.Lower, "streams", lambda self, texts: asked.append(list(texts)) or real(self, texts))
     stored = trained(tmp_path, "stored", formats={"sampled": 0.3})
+    drawn = [ids for some in asked for ids in some]
+    assert len(asked) == 1 < len(drawn) == len(set(drawn)), "all drawn formats pass the lower layers at once"
     whole = trained(tmp_path, "whole", formats={"sampled": 0.3}, machine={"prefix_gib": 0})
     for kind in ("step", "look"):
         assert losses(stored, kind) == pytest.approx(losses(whole, kind), rel=1e-4)
