@@ -20,7 +20,7 @@ from finetune.recipe import Recipe
 Kind = Literal["base", "light", "full"]
 _BACKWARD = 2.0  # a training step costs about this many passes: 4 FLOPs per frozen weight and token, a pass 2
 _DECODE = 100.0  # writing one token costs about as much as reading this many: it is bound by memory, not arithmetic
-_FEW = 0.1  # of the tokens read for drift
+_FEW = 0.1  # share of the tokens read for drift that are scored
 HELD_OUT_QUESTIONS = 2  # that a full look asks beside the recipe's own
 
 
@@ -82,15 +82,17 @@ def look(night: Night, kind: Kind, alarmed: bool = False) -> Burden:
         strange = 2 * lineup.suite().each / max(len(night.formats), 1)
         read += strange * sum(len(item.ids) for item in own)
         texts += strange * len(own)
-    if alarmed:
-        count = night.most_alarmed() * (len(night.recipe.formats.train) if full else 1)
+    if alarmed:  # in trained formats beside the first; a light look reads them there, unless it reads all
+        others = len(night.recipe.formats.train) - 1
+        count = night.most_alarmed() * (others if full else int(bool(night.texts.held_out)))
         read += count * max(len(item.ids) for item in night.texts.trained.values())  # sampled formats are not looked at
         texts += count
     scored = share * read
     if full:
         drift = _drift(night, 1 if kind == "base" else 2)
         read, scored = read + drift, scored + _FEW * drift
-    answers = len(night.recipe.watch.prompts) + (HELD_OUT_QUESTIONS if full else 0)
+    held_out = len({example for example, _ in night.texts.held_out})
+    answers = len(night.recipe.watch.prompts) + (min(HELD_OUT_QUESTIONS, held_out) if full else 0)
     return Burden(read, scored, texts, _written(night) if answers else 0, answers)
 
 
@@ -102,7 +104,8 @@ def _written(night: Night) -> int:
 def besides(night: Night, full: int) -> float:
     """Tokens of texts that so many full looks read and that are not in the plan: drift's, and strange formats."""
     own = sum(len(item.ids) for item in night.texts.held_out.values()) / max(len(night.formats), 1)
-    return (_drift(night, 1) + _drift(night, 2)) / 2 + full * lineup.suite().each * own
+    along = sum(len(item.ids) for item in _along(night))  # along which drift is read, and which are in the plan
+    return (_drift(night, 1) + _drift(night, 2)) / 2 - along + full * lineup.suite().each * own
 
 
 def cost(night: Night) -> Cost:
@@ -131,10 +134,11 @@ def _drift(night: Night, passes: int) -> float:
         once += len(asked) * sum(size(text) - size(begun[0]) for text in begun)
     if passes == 1:
         return once
-    own = [item for (_, name), item in _examples(night).items() if name == night.first_format]
     neutral = sum(1 + size(one.text) for one in suite.snippets(base, wanted))
-    return once + 2 * (neutral + sum(len(item.ids) for item in own[: wanted.held_out]))
+    return once + 2 * (neutral + sum(len(item.ids) for item in _along(night)))
 
 
-def _examples(night: Night) -> Mapping[tuple[str, str], Item]:
-    return night.texts.held_out or night.texts.trained
+def _along(night: Night) -> list[Item]:
+    """Examples along which foreign scripts are looked for."""
+    items = (night.texts.held_out or night.texts.trained).items()
+    return [item for (_, name), item in items if name == night.first_format][: suite.read().held_out]

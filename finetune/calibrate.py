@@ -78,7 +78,7 @@ class Piece:
 
     def hidden(self, tokens: int) -> Tensor:
         """(texts, tokens / texts, hidden) of texts of zeros: attention looks at one's own text alone."""
-        texts = max(1, round(tokens / self.each))
+        texts = -(-tokens // self.each)
         ids = torch.zeros((texts, tokens // texts), dtype=torch.long, device=self.device)
         last: Tensor = model.bare(self.net).get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
         return last
@@ -229,13 +229,13 @@ class Rig:
             "head reads": self.head.reading,
             "one steps": self.one.stepping,
             "more steps": self.more.stepping,
+            "one begins": self.one.begin,
+            "more begins": self.more.begin,
             "one writes": self.one.writing,
             "more writes": self.more.writing,
             "head writes": lambda _: self.head.writing(self.one.answers),
         }
         all_there_is |= {"one again": self.one.again, "more again": self.more.again} if self.twice else {}
-        self.one.begin(tokens)
-        self.more.begin(tokens)
         return sum(self.clock.time(name, tokens, work) for name, work in all_there_is.items())
 
     def found(self, counts: Sequence[int], took: float) -> Calibration:
@@ -247,7 +247,7 @@ class Rig:
         return Calibration(
             tuple(counts),
             tuple(layer),
-            tuple(max(0.0, took - own) for took, own in zip(again, layer, strict=True)),
+            tuple(max(0.0, both - own) for both, own in zip(again, layer, strict=True)),
             tuple(self._layer(" reads", tokens) for tokens in counts),
             tuple(max(0.0, median("one", tokens) - own) for tokens, own in zip(counts, layer, strict=True)),
             tuple(median("head", tokens) for tokens in counts),

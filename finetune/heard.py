@@ -47,7 +47,7 @@ def read(
     sampler: Any = None,
     temperatures: Sequence[float] = (),
 ) -> dict[Key, Reading]:
-    """One pass over passages of different keys. `base`: without the adapter, no margins. `sampler`: a odds.Sampler."""
+    """One pass over passages of different keys. `base`: without the adapter, no margins. `sampler`: an odds.Sampler."""
     samplers = [] if sampler is None else [sampler]
     ids, masks = [one.ids for one in passages], [one.read for one in passages]
     scores = speaker.score(ids, masks, temperatures, base=base, samplers=samplers, margins=not base)

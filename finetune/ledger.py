@@ -25,6 +25,7 @@ _HOST = 2.5  # GiB of Python, torch and its CUDA libraries, once loaded: a guess
 _CARD, _CPU = 20e12, 25e9  # FLOP/s that a consumer card, and two cores, may reach with small batches: guesses
 _SMALL = 1e8  # weights below which a CPU is enough
 _FEW = 8  # layers that are offered where all are trained
+_LOOKS = "the base's included; more if examples begin to echo"
 _TIGHT = 0.92  # share of a card above which an estimate may well be wrong
 
 
@@ -188,7 +189,7 @@ def _prefix(made: Plan, load: Load) -> Fact:
     """Stored activations; sampled formats come on top, computed when they are drawn."""
     texts = made.texts
     items = [*texts.whole.values(), *texts.held_out.values(), *texts.twins.values(), *texts.replay]
-    tokens = sum(len(item.ids) for item in items) + round(burden.besides(made, len(made.looks.full)))
+    tokens = sum(len(item.ids) for item in items) + round(burden.besides(made, len(made.looks.full) + made.looks.alarm))
     size, limit = memory.prefix(load, tokens), made.recipe.machine.prefix_gib
     why = f"{len(items)} texts and those of looks below layer {load.below}, computed once and kept between runs"
     over = (
@@ -204,8 +205,9 @@ def _minutes(made: Plan, known: Known, room: float | None, found: Calibration | 
     """By an earlier run here if there is one, else by a calibration, else a guess."""
     tokens = sum(len(item.ids) for item in made.epochs.order(0)) * made.recipe.epochs
     load = load_of(made, known.shape) if known.shape else None
-    if run := earlier.newest(made.recipe):
-        yield from _as_before(made, run, tokens)
+    if run := earlier.newest(made.recipe, made.fingerprint()):
+        by = rates.looking_seconds(made, _work(made, load, room, found), found) if load and found else None
+        yield from _as_before(made, run, tokens, by)
     elif load is None:
         yield Fact("time", None, "unknown", "no run on this machine has measured it yet")
     elif found:
@@ -221,27 +223,32 @@ def _minutes(made: Plan, known: Known, room: float | None, found: Calibration | 
         yield Fact("time", seconds / 60, f"~ {_time(seconds / 60)}", why)
 
 
-def _as_before(made: Plan, run: Earlier, tokens: int) -> Iterator[Fact]:
-    """By an earlier run: the steps, and the looks where they were at the same texts."""
+def _as_before(made: Plan, run: Earlier, tokens: int, by: float | None) -> Iterator[Fact]:
+    """By an earlier run: the steps, and the looks where they were at the same texts, else the calibration's seconds."""
     training = tokens / run.rate / 60
     rate = f"{tokens:,} tokens at {run.rate:,.0f} a second"
-    if (looking := rates.looking_as_before(made, run.looks)) is None:
+    before = rates.looking_as_before(made, run.looks)
+    if (looking := by if before is None else before) is None:
         why = f"{rate}, measured in {run.folder}; looks are not in it"
         yield Fact("time", training, _time(training), why)
         return
     total = training + looking / 60
     yield Fact("time", total, _time(total), f"as measured in {run.folder}")
     yield Fact("  training", training, _time(training), rate)
-    yield Fact("  looks", looking / 60, _time(looking / 60), "the base's included; more if examples begin to echo")
+    why = "by a calibration; " if before is None else ""
+    yield Fact("  looks", looking / 60, _time(looking / 60), why + _LOOKS)
+
+
+def _work(made: Plan, load: Load, room: float | None, found: Calibration) -> Work:
+    on_card = room or found.card_gib if found.card_gib else None  # on a CPU nothing is computed twice by itself
+    asked = made.recipe.machine.activation_checkpointing
+    again = load.layers if asked is True else 0 if on_card is None else _computed_twice(made, load, on_card)
+    return Work(load.layers, load.shape.layers - load.layers - load.below, again, load.below)
 
 
 def _calibrated(made: Plan, load: Load, room: float | None, found: Calibration) -> Iterator[Fact]:
     """Of the whole night, and its parts."""
-    on_card = room or found.card_gib if found.card_gib else None  # on a CPU nothing is computed twice by itself
-    asked = made.recipe.machine.activation_checkpointing
-    again = load.layers if asked is True else 0 if on_card is None else _computed_twice(made, load, on_card)
-    read = load.shape.layers - load.layers - load.below
-    work = Work(load.layers, read, again, load.below)
+    work = _work(made, load, room, found)
     parts = {
         "training": rates.training_seconds(made, work, found) / 60,
         "looks": rates.looking_seconds(made, work, found) / 60,
@@ -254,8 +261,8 @@ def _calibrated(made: Plan, load: Load, room: float | None, found: Calibration) 
         why += "; longer ones by their slope"
     yield Fact("time", sum(parts.values()), _time(sum(parts.values())), why)
     reasons = {
-        "training": f"{made.length.total:,} steps" + (f", {again} layers computed twice" if again else ""),
-        "looks": "the base's included; more if examples begin to echo",
+        "training": f"{made.length.total:,} steps" + (f", {work.again} layers computed twice" if work.again else ""),
+        "looks": _LOOKS,
         "lower layers": f"{load.below} of them, once for each text; for one in a drawn format when its turn comes",
     }
     for name, minutes in parts.items():

@@ -25,6 +25,7 @@ from finetune import (
     bases,
     corpus,
     drift,
+    earlier,
     hub,
     keeping,
     loading,
@@ -182,7 +183,7 @@ def _with_own_answers(task: Task, base: Path, made: Plan) -> Plan:
 
 def _fingerprints(made: Plan, base: Path) -> dict[str, str]:
     dataset = corpus.fingerprint(made.conversations.values())
-    return {"dataset": dataset, "base": model.fingerprint(base), "rendered texts": made.fingerprint()}
+    return {"dataset": dataset, "base": model.fingerprint(base), earlier.RENDERED: made.fingerprint()}
 
 
 def _begin(task: Task, made: Plan, base: model.Base, known: Mapping[str, Any], screen: Audience) -> LookPlan:

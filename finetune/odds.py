@@ -42,15 +42,17 @@ class Sampler:
         return warped
 
     def log_q(self, logits: Tensor, wanted: Tensor) -> Tensor:
-        """(n,) log chance that `wanted` (n,) is drawn; -inf where it never is. With top-k few are looked at."""
-        few = self.top_k or logits.shape[-1]
-        if few >= logits.shape[-1]:
+        """(n,) log chance that `wanted` (n,) is drawn; -inf where it never is.
+
+        With top-k only as many as may stay in are looked at: those that tie with the last of them stay too, and bf16
+        logits often tie. Which of two equal ones top-p cuts off is chance, as it is in `generate`.
+        """
+        if self.top_k is None or self.top_k >= logits.shape[-1]:
             return _log_p(self.warp(logits), wanted)
-        best, at = logits.topk(few + 1, -1)
-        if bool((best[:, -1] == best[:, -2]).any()):  # a tie at the border: all of it stays in
-            return _log_p(self.warp(logits), wanted)
-        drawn = torch.log_softmax(self.warp(best[:, :-1]), -1)
-        return torch.where(at[:, :-1] == wanted[:, None], drawn, -torch.inf).amax(-1)
+        least = logits.topk(self.top_k, -1).values[:, -1:]
+        best, at = logits.topk(int((logits >= least).sum(-1).max()), -1)
+        drawn = torch.log_softmax(self.warp(best), -1)
+        return torch.where(at == wanted[:, None], drawn, -torch.inf).amax(-1)
 
 
 CUSTOMARY = Sampler(temperature=0.8, top_k=40, top_p=0.95)  # how most programs draw, unless told otherwise

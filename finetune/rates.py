@@ -60,8 +60,8 @@ class Calibration:
     step_rest: float
     a_layer: float
     took: float
-    write_layer: float = 0.0
-    write_rest: float = 0.0
+    write_layer: float
+    write_rest: float
     card_gib: float | None = None
 
 
@@ -76,11 +76,16 @@ def request(made: Plan, known: Known) -> dict[str, Any] | None:
     work = {
         "quantization": wanted.quantization,
         "optimizer": wanted.optimizer.name,
-        "each": made.longest(),
+        "each": _about(made.longest()),
         "twice": made.recipe.machine.activation_checkpointing is True,
-        "answers": burden.look(made, "full").answers,
+        "answers": _about(burden.look(made, "full").answers),
     }
     return {"config": dict(config), **work, **adapter}
+
+
+def _about(count: int) -> int:
+    """Up to a power of two, 0 as 1: one example a token longer need not be measured anew."""
+    return 1 << max(0, count - 1).bit_length()
 
 
 def _config(shape: Shape) -> dict[str, Any]:
@@ -247,7 +252,7 @@ def _planned(made: Plan) -> Mapping[Kind, int]:
 
 
 def look_seconds(asked: Burden, work: Work, by: Calibration) -> float:
-    """Of one: texts read and scored one like the other, and the longest answer written to its limit."""
+    """Of one: texts read and scored one like the other, and answers written, as long as the taught ones are."""
     layers, texts = work.trained + work.read, max(asked.texts, 1)
     middle = by.tokens[len(by.tokens) // 2]
     reading = asked.read * layers * _at(by, by.forward, middle) / middle
@@ -261,7 +266,7 @@ def filling_seconds(made: Plan, work: Work, by: Calibration) -> float:
     texts = made.texts
     items = [*texts.whole.values(), *texts.held_out.values(), *texts.twins.values(), *texts.replay]
     seconds = sum(_at(by, by.forward, len(item.ids)) for item in items)
-    besides = burden.besides(made, len(made.looks.full))
+    besides = burden.besides(made, len(made.looks.full) + made.looks.alarm)
     drawn = made.recipe.formats.sampled * made.recipe.epochs * sum(len(item.ids) for item in made.epochs.order(0))
     return work.filled * (seconds + (besides + drawn) * _at(by, by.forward, by.tokens[0]) / by.tokens[0])
 

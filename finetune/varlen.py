@@ -7,7 +7,7 @@ mask and nothing of one text reaches another. A base whose attention does not he
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
 
 import torch
@@ -17,8 +17,18 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "sdpa_varlen"  # what a base is loaded with: `attn_implementation`
-_ISOLATES: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 _PROBE = 7  # tokens of each of the two texts of the proof
+_ISOLATES: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+@runtime_checkable
+class Several(Protocol):
+    """What stands in an embedding table's place and does several texts at once better than one by one.
+
+    No forward hook of the table sees them: nothing below needs a gradient, nor does non-reentrant checkpointing.
+    """
+
+    def several(self, texts: Sequence[tuple[int, ...]], device: torch.device) -> list[Tensor]: ...
 
 
 def _attend(
@@ -58,10 +68,10 @@ def hidden(plain: Any, texts: Sequence[Sequence[int]]) -> Tensor:
 
 
 def _embedded(plain: Any, texts: Sequence[Sequence[int]]) -> list[Tensor]:
-    """(1, T, hidden) each, from the table; what stands in its place may do several at once better than one by one."""
+    """(1, T, hidden) each."""
     table, device = plain.get_input_embeddings(), next(plain.parameters()).device
-    if several := getattr(table, "several", None):
-        return list(several([tuple(ids) for ids in texts], device))
+    if isinstance(table, Several):
+        return table.several([tuple(ids) for ids in texts], device)
     return [table(torch.tensor([list(ids)], device=device)) for ids in texts]
 
 

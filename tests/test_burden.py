@@ -62,7 +62,21 @@ def test_each_kind_of_look_reads_what_is_said(made: Plan, read: dict[str, int]) 
         said = burden.look(made, kind)
         assert said.read - apart[kind] == pytest.approx(read[kind], rel=0.08), kind
         assert said.scored < said.read
-    assert burden.look(made, "full", alarmed=True).read > burden.look(made, "full").read
+
+
+@pytest.mark.parametrize("held_out", [0.0, 0.33])
+def test_what_echoes_is_read_where_it_has_not_been_read(tmp_path: Path, held_out: float) -> None:
+    night = plan.make(recipe.load(small.recipe(tmp_path, 12, data={"held_out": held_out})), POCKET)
+    listens = ear.ear(night)
+    hearing = Hearing(RunFolder(tmp_path / "run"), listens, None, ear.base(RunFolder(tmp_path / "run")))  # type: ignore[arg-type]
+    loud = sorted(night.split.train, key=lambda name: -len(listens.passage("train", name, night.first_format).ids))
+    kinds: tuple[burden.Kind, ...] = ("light", "full")
+    for kind in kinds:
+        place = Place(kind, 2, 2.0, 0.1)
+        groups = [[*hearing._groups(place, some)] for some in ((), loud)]
+        quiet, heard = (sum(len(one.ids) for group in some for one in group) for some in groups)
+        said = burden.look(night, kind, alarmed=True).read - burden.look(night, kind).read
+        assert said == pytest.approx(heard - quiet, rel=0.15), kind
 
 
 def test_drift_reads_what_is_said_of_a_small_base_and_of_a_large_one() -> None:
@@ -77,3 +91,8 @@ def test_only_looks_that_ask_for_answers_write_them(made: Plan) -> None:
     full = burden.look(made, "full")
     taught = [item.supervised for item in made.texts.trained.values()]
     assert (full.written, full.answers) == (round(sum(taught) / len(taught)), burden.HELD_OUT_QUESTIONS)
+
+
+def test_with_nothing_held_out_no_answer_is_asked_for(tmp_path: Path) -> None:
+    night = plan.make(recipe.load(small.recipe(tmp_path, data={"held_out": 0.0})), POCKET)
+    assert [burden.look(night, kind).written for kind in ("base", "light", "full")] == [0, 0, 0]

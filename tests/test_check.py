@@ -236,20 +236,28 @@ def test_minutes_come_from_a_run_on_this_machine(sft: paper.Door, tmp_path: Path
 
 def test_minutes_hold_the_looks_of_an_earlier_run_at_the_same_texts(sft: paper.Door, tmp_path: Path) -> None:
     paper.folder(tmp_path)
-    from finetune import recipe
+    from finetune import bases, plan, recipe
 
-    run = tmp_path / "runs" / "before"
+    wanted, run = recipe.load("r.yaml"), tmp_path / "runs" / "before"
     run.mkdir(parents=True)
-    (run / "recipe.yaml").write_text(recipe.resolved_yaml(recipe.load("r.yaml")))
+    (run / "recipe.yaml").write_text(recipe.resolved_yaml(wanted))
+    texts = plan.make(wanted, bases.look_up(wanted.base).vocabulary).fingerprint()
+    (run / "run.json").write_text(json.dumps({"fingerprints": {"rendered texts": texts}}))
     rows: list[dict[str, object]] = [{"kind": "step", "step": 1, "tokens": 191, "seconds": 0.5}] * 5
     for step, kind, took in ((0, "full", 40.0), (3, "light", 1.0), (40, "full", 60.0), (44, "full", 80.0)):
         rows += [{"kind": "look", "look": kind, "step": step, "took": took}, {"kind": "look", "step": step}]
-    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    odd: list[dict[str, object]] = [{"kind": "step", "tokens": 1, "seconds": 0}, {"kind": "look", "took": None}]
+    odd += [{"kind": "look", "look": "full", "step": 9, "took": "x"}, {"kind": "step", "tokens": 0, "seconds": 1}]
+    alarm = {"kind": "look", "look": "full", "step": 9, "took": 1e6, "cause": "alarm"}
+    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, [*rows, *odd, alarm])))
     said = json.loads(sft("check", "r.yaml", "--set", "watch.every=5", "--json")[1])["plan"]["Disk and time"]
     assert said["  looks"]["value"] == pytest.approx((40 + 2 * 70) / 60)  # the base's, and at epoch 5 and 10
     assert said["time"]["value"] == pytest.approx(said["  training"]["value"] + said["  looks"]["value"])
     other = sft("check", "r.yaml", "--set", "watch.every=5", "--set", "formats.sampled=0.5", "--json")[1]
     assert "looks are not in it" in json.loads(other)["plan"]["Disk and time"]["time"]["reason"]
+    (next(tmp_path.glob("talk/*.md"))).write_text(paper.example("Another one?", "### conclusion\nYes.", id="other"))
+    grown = json.loads(sft("check", "r.yaml", "--set", "watch.every=5", "--json")[1])["plan"]["Disk and time"]
+    assert "looks are not in it" in grown["time"]["reason"], "other texts take another time"
 
 
 def test_no_torch_is_imported_before_the_night(tmp_path: Path) -> None:

@@ -14,12 +14,17 @@ def whole(sampler: Sampler, logits: torch.Tensor, wanted: torch.Tensor) -> torch
     return torch.log_softmax(sampler.warp(logits), -1).gather(-1, wanted[:, None])[:, 0]
 
 
+@pytest.mark.parametrize("rounded", [False, True])
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
-def test_the_best_few_tell_what_all_tell(sampler: Sampler) -> None:
+def test_the_best_few_tell_what_all_tell(sampler: Sampler, rounded: bool) -> None:
+    """`rounded`: as bf16 rounds them, where many tie at the border of top-k."""
     logits = 3 * torch.randn((200, 300), generator=torch.Generator().manual_seed(0))
+    logits = logits.bfloat16().float() if rounded else logits
     wanted = logits.topk(60, -1).indices[torch.arange(200), torch.arange(200) % 60]
     expected = whole(sampler, logits, wanted)
-    assert torch.allclose(sampler.log_q(logits, wanted), expected, atol=1e-5)
+    found = sampler.log_q(logits, wanted)
+    same = torch.isclose(found, expected, atol=1e-5)
+    assert bool(same.all()) or (rounded and sampler.top_p is not None and float(same.float().mean()) > 0.97)
     if sampler.top_k is not None and sampler.top_k < 60:
         assert bool(torch.isinf(expected).any())
 

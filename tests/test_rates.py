@@ -19,7 +19,19 @@ from finetune.rates import Calibration, Work
 
 NOTHING = (0.0, 0.0)
 KEPT = Calibration(
-    (64, 256), (0.1, 0.4), (0.05, 0.2), (0.03, 0.1), NOTHING, (0.2, 0.8), (0.1, 0.4), 0.01, 0.02, 4000.0, 9.0
+    (64, 256),
+    (0.1, 0.4),
+    (0.05, 0.2),
+    (0.03, 0.1),
+    NOTHING,
+    (0.2, 0.8),
+    (0.1, 0.4),
+    0.01,
+    0.02,
+    4000.0,
+    9.0,
+    0.01,
+    0.02,
 )
 EVEN = replace(KEPT, layer=(0.64, 2.56), again=(0.32, 1.28), head=NOTHING, step_layer=0.0, step_rest=0.0)
 
