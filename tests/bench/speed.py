@@ -4,10 +4,11 @@
 
 LENGTHS and BATCHES are lists such as 128,256,512 and 1,4. A random Mistral of 99 M weights in 16 layers, NF4, rank 16
 on seven matrices, one thread, 16 rows of equal length. Steps are the median of all but the first; wall seconds hold
-imports, loading, stored activations and, for ours, looks. GiB is the most the whole process ever held. TRL trains all
-layers; with the upper ones alone the work is not the same, and the table says what the shortcut buys, not that losses
-agree: those of all layers must, else the row is void. `floor`: 4 FLOPs for each weight below the head and token, at the
-rate of one fp32 product measured in the same run, as a share of the step. TRL with Liger and Unsloth need a GPU.
+imports, loading, stored activations and, for ours, looks: these ask little of the drift suite, which this base would
+read byte by byte. GiB is the most the whole process ever held. TRL trains all layers; with the upper ones alone the work
+is not the same, and the table says what the shortcut buys, not that losses agree: those of all layers must, else the row
+is void. `floor`: 4 FLOPs for each weight below the head and token, at the rate of one fp32 product measured in the same
+run, as a share of the step. TRL with Liger and Unsloth need a GPU.
 """
 
 from __future__ import annotations
@@ -41,6 +42,15 @@ from finetune import plan, recipe, runs, tables
 
 LAYERS, ROWS = 16, 16
 IN_LAYERS = LAYERS * (768 * (2 * 768 + 2 * 256) + 3 * 768 * 2048)  # weights of their matrices
+# `sft`, but a look asks one fact and four neutral texts about drift
+SFT = """
+from finetune import suite
+known, snippets = suite.known, suite.snippets
+suite.known = lambda base, asked: known(base, asked)[:1]
+suite.snippets = lambda base, asked: snippets(base, asked)[:4]
+from finetune.cli import main
+main()
+"""
 ARMS: tuple[tuple[str, int | None], ...] = (("all layers", None), ("top half", 8), ("top quarter", 4))
 
 
@@ -119,7 +129,7 @@ def flops() -> float:
 
 
 def ours(path: Path, run: Path) -> dict[str, Any]:
-    wall, _, gib = timed([sys.executable, "-m", "finetune", "train", str(path), "--out", str(run)])
+    wall, _, gib = timed([sys.executable, "-c", SFT, "train", str(path), "--out", str(run)])
     steps = [row for row in runs.read_lines(run / "metrics.jsonl") if row["kind"] == "step"]
     return {
         "wall": wall,
