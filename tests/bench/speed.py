@@ -5,10 +5,10 @@
 LENGTHS and BATCHES are lists such as 128,256,512 and 1,4. A random Mistral of 99 M weights in 16 layers, NF4, rank 16
 on seven matrices, one thread, 16 rows of equal length. Steps are the median of all but the first; wall seconds hold
 imports, loading, stored activations and, for ours, looks: these ask little of the drift suite, which this base would
-read byte by byte. GiB is the most the whole process ever held. TRL trains all layers; with the upper ones alone the work
-is not the same, and the table says what the shortcut buys, not that losses agree: those of all layers must, else the row
-is void. `floor`: 4 FLOPs for each weight below the head and token, at the rate of one fp32 product measured in the same
-run, as a share of the step. TRL with Liger and Unsloth need a GPU.
+read byte by byte. GiB is the most the whole process ever held. TRL trains all layers; with the upper ones alone the
+work is not the same, and the table says what the shortcut buys, not that losses agree: those of all layers must, else
+the row is void. `floor`: 4 FLOPs for each weight below the head and token, at the rate of one fp32 product measured in
+the same run, as a share of the step. TRL with Liger and Unsloth need a GPU.
 """
 
 from __future__ import annotations
