@@ -119,7 +119,7 @@ class _Lens:
         return bool(self.echoed(kind, hits).any()) if eligible else None
 
 
-@lru_cache(maxsize=4096)  # a run asks the same passages every epoch
+@lru_cache(maxsize=1024)  # a run asks the same passages every epoch, and a few in formats that come once
 def _windows(passage: Passage, limits: Limits) -> Mapping[Kind, Windows]:
     parts, signs = passage.parts[passage.counted], passage.signs[passage.counted]
     by_tokens = runlength.of_tokens(parts, limits.tokens)

@@ -28,13 +28,15 @@ from finetune.plan import Plan
 from finetune.runlength import Bools, Floats
 from finetune.runs import RunFolder
 
+_PASSING = 256  # passages in formats that the recipe does not name
 _NOISE_FROM = 4  # passages, the longest: noise grows with what lies beside a text
 
 
 @dataclass(frozen=True, eq=False)
 class Ear:
-    """Every example of a plan as passages, made when they are asked for and kept. `limits`: what counts as echo.
+    """Every example of a plan as passages, made when they are asked for. `limits`: what counts as echo.
 
+    Those in the recipe's formats are kept; of those in others, which may come once in a night, the last few.
     `formulas`: by example, a mask over the words of each trained answer; a twin takes its original's.
     """
 
@@ -42,7 +44,7 @@ class Ear:
     limits: Limits
     formulas: Mapping[str, tuple[Bools, ...]]
     _made: dict[Key, Passage] = field(default_factory=dict)
-    _formats: dict[str, Format] = field(default_factory=dict)
+    _passing: dict[Key, Passage] = field(default_factory=dict)
 
     def ids(self, split: Split) -> tuple[str, ...]:
         """Examples of a split, in the order of the run."""
@@ -63,21 +65,22 @@ class Ear:
     def passage(self, split: Split, example: str, format_: str) -> Passage:
         """One example in one format. Errors as above."""
         key = split, example, format_
-        if key not in self._made:
+        kept = self._made if format_ in self.plan.formats else self._passing
+        if key not in kept:
             one = self.plan.conversations[example]
             shown = one.asked(self.plan.split.twins[example]) if split == "twin" else one
             rendered = prompts.render(shown, self.format(format_), self.plan.vocabulary)
             made = passage.passage(
                 example, split, rendered, encode(rendered, self.plan.vocabulary), self.formulas.get(example)
             )
-            self._made[key] = made if made.format == format_ else _renamed(made, format_)
-        return self._made[key]
+            kept[key] = made if made.format == format_ else _renamed(made, format_)
+            if len(self._passing) > _PASSING:
+                del self._passing[next(iter(self._passing))]
+        return kept[key]
 
     def format(self, name: str) -> Format:
         """A format of the plan, or any that can be found. Errors: UserError."""
-        if name not in self._formats:
-            self._formats[name] = self.plan.formats.get(name) or prompts.load([name])[0]
-        return self._formats[name]
+        return self.plan.formats.get(name) or prompts.load([name])[0]
 
     def quote(self, row: Mapping[str, Any]) -> str:
         """The words of a row's longest run, formulas inside it included; "" where nothing was hit."""

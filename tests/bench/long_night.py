@@ -82,12 +82,13 @@ def main() -> None:
     print(f"{epochs} epochs of {per_epoch} steps; looks took {spent['share_looking']:.1%} of the time")
     print(f"{'':16}{'CPU s/epoch':>12}{'GiB':>8}")
     rows = []
-    for first in (2, epochs - SPAN + 1):
+    for first in (2, *(epochs * share // 10 for share in (1, 2, 4, 6, 8)), epochs - SPAN + 1):
         steps = range((first - 1) * per_epoch + 1, (first - 1 + SPAN) * per_epoch + 1)
         seconds = per_epoch * statistics.median(clock.took[one] for one in steps if one in clock.took)
         rows.append((seconds, clock.gib[steps[-1]]))
         print(f"epochs {first}-{first + SPAN - 1:<8}{seconds:12.3f}{rows[-1][1]:8.3f}")
-    print(f"{'ratio':16}{rows[1][0] / rows[0][0]:12.3f}{rows[1][1] / rows[0][1]:8.3f}")
+    print(f"{'last / first':16}{rows[-1][0] / rows[0][0]:12.3f}{rows[-1][1] / rows[0][1]:8.3f}")
+    print(f"{'last / second':16}{rows[-1][0] / rows[1][0]:12.3f}{rows[-1][1] / rows[1][1]:8.3f}")
 
 
 if __name__ == "__main__":
