@@ -66,6 +66,11 @@ class Burden:
     written: int
     answers: int
 
+    @property
+    def worth(self) -> float:
+        """Tokens read once that are as much work."""
+        return self.read + _DECODE * self.written
+
 
 def look(night: Night, kind: Kind, alarmed: bool = False) -> Burden:
     """Of a look at the base, a light or a full one; `alarmed`: as many examples echo as a look has room for.
@@ -112,7 +117,7 @@ def cost(night: Night) -> Cost:
     """Work of an epoch and of looks, in passes times tokens, as if examples echoed."""
     epoch = _BACKWARD * sum(len(item.ids) for item in night.epochs.order(0))
     light, full = (look(night, kind, alarmed=True) for kind in ("light", "full"))
-    return Cost(epoch, light.read + _DECODE * light.written, full.read + _DECODE * full.written)
+    return Cost(epoch, light.worth, full.worth)
 
 
 def _drift(night: Night, passes: int) -> float:

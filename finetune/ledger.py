@@ -216,27 +216,29 @@ def _minutes(made: Plan, known: Known, room: float | None, found: Calibration | 
         small = load.shape.weights < _SMALL
         again = not small and made.recipe.machine.activation_checkpointing is not False
         twice = _computed_twice(made, load, room) if room else load.layers if again else 0
-        flops = memory.training_flops(replace(load, recomputed=twice), tokens)
+        looks = memory.training_flops(replace(load, recomputed=0), rates.looking_worth(made)) / 2  # forward alone
+        flops = memory.training_flops(replace(load, recomputed=twice), tokens) + looks
         seconds = flops / (_CPU if small else _CARD)
         at = f"{_CPU / 1e9:g} GFLOP/s, two CPU cores" if small else f"{_CARD / 1e12:g} TFLOP/s, a consumer card"
-        why = f"a guess: {tokens:,} tokens at {at}; looks are not in it; `sft check --calibrate` measures this machine"
+        why = f"a guess: {tokens:,} tokens and looks, at {at}; `sft check --calibrate` measures this machine"
         yield Fact("time", seconds / 60, f"~ {_time(seconds / 60)}", why)
 
 
 def _as_before(made: Plan, run: Earlier, tokens: int, by: float | None) -> Iterator[Fact]:
-    """By an earlier run: the steps, and the looks where they were at the same texts, else the calibration's seconds."""
-    training = tokens / run.rate / 60
-    rate = f"{tokens:,} tokens at {run.rate:,.0f} a second"
-    before = rates.looking_as_before(made, run.looks)
-    if (looking := by if before is None else before) is None:
-        why = f"{rate}, measured in {run.folder}; looks are not in it"
-        yield Fact("time", training, _time(training), why)
-        return
-    total = training + looking / 60
-    yield Fact("time", total, _time(total), f"as measured in {run.folder}")
-    yield Fact("  training", training, _time(training), rate)
-    why = "by a calibration; " if before is None else ""
-    yield Fact("  looks", looking / 60, _time(looking / 60), why + _LOOKS)
+    """By an earlier run: the steps; looks too if they were at the same texts, else by a calibration, else a guess."""
+    training, rate = tokens / run.rate, f"{tokens:,} tokens at {run.rate:,.0f} a second"
+    if (looking := rates.looking_as_before(made, run.looks)) is not None:
+        why = _LOOKS
+    elif by is not None:
+        looking, why = by, f"by a calibration; {_LOOKS}"
+    else:
+        looking, why = rates.looking_worth(made) / run.rate / 2, f"a guess by what they read and write; {_LOOKS}"
+    for name, seconds, reason in (
+        ("time", training + looking, f"measured in {run.folder}"),
+        ("  training", training, rate),
+        ("  looks", looking, why),
+    ):
+        yield Fact(name, seconds / 60, _time(seconds / 60), reason)
 
 
 def _work(made: Plan, load: Load, room: float | None, found: Calibration) -> Work:

@@ -279,7 +279,7 @@ def prefix(load: Load, tokens: int) -> float:
     return 4.0 * load.shape.hidden * tokens / GIB
 
 
-def training_flops(load: Load, tokens: int) -> float:
+def training_flops(load: Load, tokens: float) -> float:
     """Of a frozen base: 2 a weight and token forward, 2 backward, 2 more where the forward is done again."""
     again = 2.0 * load.recomputed / load.layers
     return (4.0 + again) * (load.frozen + load.shape.outside) * tokens

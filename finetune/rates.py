@@ -241,6 +241,11 @@ def looking_seconds(made: Plan, work: Work, by: Calibration) -> float:
     return sum(count * look_seconds(burden.look(made, kind), work, by) for kind, count in _planned(made).items())
 
 
+def looking_worth(made: Plan) -> float:
+    """Tokens read once that they are as much work as."""
+    return sum(count * burden.look(made, kind).worth for kind, count in _planned(made).items())
+
+
 def looking_as_before(made: Plan, took: Mapping[Kind, float]) -> float | None:
     """The same where each kind of look took so many seconds before; None where a planned kind was never taken."""
     planned = {kind: count for kind, count in _planned(made).items() if count}

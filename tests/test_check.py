@@ -229,9 +229,10 @@ def test_minutes_come_from_a_run_on_this_machine(sft: paper.Door, tmp_path: Path
     (run / "recipe.yaml").write_text(recipe.resolved_yaml(recipe.load("r.yaml")))
     row = {"kind": "step", "step": 1, "tokens": 191, "seconds": 0.5}
     (run / "metrics.jsonl").write_text("\n".join([json.dumps(row)] * 5) + '\n{"torn')
-    said = json.loads(sft("check", "r.yaml", "--json")[1])["plan"]["Disk and time"]["time"]
-    assert said["value"] == pytest.approx(7640 / 382 / 60, rel=0.05)
-    assert "measured in runs/before; looks are not in it" in said["reason"]
+    said = json.loads(sft("check", "r.yaml", "--json")[1])["plan"]["Disk and time"]
+    assert said["  training"]["value"] == pytest.approx(7640 / 382 / 60, rel=0.05)
+    assert said["time"]["reason"] == "measured in runs/before"
+    assert "a guess by what they read and write" in said["  looks"]["reason"]
 
 
 def test_minutes_hold_the_looks_of_an_earlier_run_at_the_same_texts(sft: paper.Door, tmp_path: Path) -> None:
@@ -254,10 +255,10 @@ def test_minutes_hold_the_looks_of_an_earlier_run_at_the_same_texts(sft: paper.D
     assert said["  looks"]["value"] == pytest.approx((40 + 2 * 70) / 60)  # the base's, and at epoch 5 and 10
     assert said["time"]["value"] == pytest.approx(said["  training"]["value"] + said["  looks"]["value"])
     other = sft("check", "r.yaml", "--set", "watch.every=5", "--set", "formats.sampled=0.5", "--json")[1]
-    assert "looks are not in it" in json.loads(other)["plan"]["Disk and time"]["time"]["reason"]
+    assert "a guess" in json.loads(other)["plan"]["Disk and time"]["  looks"]["reason"]
     (next(tmp_path.glob("talk/*.md"))).write_text(paper.example("Another one?", "### conclusion\nYes.", id="other"))
     grown = json.loads(sft("check", "r.yaml", "--set", "watch.every=5", "--json")[1])["plan"]["Disk and time"]
-    assert "looks are not in it" in grown["time"]["reason"], "other texts take another time"
+    assert "a guess" in grown["  looks"]["reason"], "other texts take another time"
 
 
 def test_no_torch_is_imported_before_the_night(tmp_path: Path) -> None:
