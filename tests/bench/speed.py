@@ -1,14 +1,15 @@
 """`sft train`, all layers and the upper half and quarter, beside `trl sft` at a 0.1 B shape: one table, one run.
 
-    .venv/bin/python tests/bench/speed.py [LENGTHS] [BATCHES] [STEPS]
+    .venv/bin/python tests/bench/speed.py [LENGTHS] [BATCHES] [STEPS] [ARMS]
 
-LENGTHS and BATCHES are lists such as 128,256,512 and 1,4. A random Mistral of 99 M weights in 16 layers, NF4, rank 16
-on seven matrices, one thread, 16 rows of equal length. Steps are the median of all but the first; wall seconds hold
-imports, loading, stored activations and, for ours, looks: these ask little of the drift suite, which this base would
-read byte by byte. GiB is the most the whole process ever held. TRL trains all layers; with the upper ones alone the
-work is not the same, and the table says what the shortcut buys, not that losses agree: those of all layers must, else
-the row is void. `floor`: 4 FLOPs for each weight below the head and token, at the rate of one fp32 product measured in
-the same run, as a share of the step. TRL with Liger and Unsloth need a GPU.
+LENGTHS and BATCHES are lists such as 128,256,512 and 1,4; ARMS: 1 for all layers alone, 2 with the top half, 3 with the
+top quarter too. A random Mistral of 99 M weights in 16 layers, NF4, rank 16 on seven matrices, one thread, 16 rows of
+equal length. Steps are the median of all but the first; the loss is the last epoch's mean; wall seconds hold imports,
+loading, stored activations and, for ours, looks: these ask little of the drift suite, which this base would read byte
+by byte. GiB is the most the whole process ever held. TRL trains all layers; with the upper ones alone the work is not
+the same, and the table says what the shortcut buys, not that losses agree: those of all layers must, else the row is
+void. `floor`: 4 FLOPs for each weight below the head and token, at the rate of one fp32 product measured in the same
+run, as a share of the step. TRL with Liger and Unsloth need a GPU.
 """
 
 from __future__ import annotations
@@ -137,7 +138,7 @@ def ours(path: Path, run: Path) -> dict[str, Any]:
         "step": statistics.median(row["seconds"] for row in steps[1:]),
         "gib": gib,
         "tokens": steps[-1]["tokens"],
-        "loss": steps[-1]["loss"],
+        "loss": statistics.fmean(row["loss"] for row in steps if row["epoch"] > steps[-1]["epoch"] - 1),
         "looking": runs.read_json(run / "run.json")["spent"]["share_looking"],
     }
 
@@ -161,17 +162,20 @@ def theirs(folder: Path, model: Path, path: Path, batch: int, epochs: int) -> di
     losses = [float(one) for one in against_trl.LOSS.findall(said)]
     tokens = sum(len(row["input_ids"]) for row in told)
     supervised = sum(label >= 0 for row in told for label in row["labels"]) / tokens
-    about = {"tokens": tokens / (len(losses) / epochs), "loss": losses[-1], "gib": gib, "supervised": supervised}
+    last = statistics.fmean(losses[-(len(losses) // epochs) :])
+    about = {"tokens": tokens / (len(losses) / epochs), "loss": last, "gib": gib, "supervised": supervised}
     return {"wall": wall, "step": runtime / len(losses), **about}
 
 
-def table(model: Path, folder: Path, lengths: list[int], batches: list[int], steps: int) -> Iterator[Mapping[str, Any]]:
+def table(
+    model: Path, folder: Path, lengths: list[int], batches: list[int], steps: int, arms: int
+) -> Iterator[Mapping[str, Any]]:
     for length in lengths:
         data = rows(folder, length)
         for batch in batches:
             epochs = max(2, -(-steps * batch // ROWS))
             where = {"length": length, "batch": batch}
-            for name, top in ARMS:
+            for name, top in ARMS[:arms]:
                 path = our_recipe(folder, model, data, top, batch, epochs)
                 run = folder / f"run-{length}-{batch}-{top}"
                 yield {**where, "arm": f"sft, {name}", **ours(path, run)}
@@ -213,7 +217,8 @@ def main() -> None:
         folder = Path(name)
         os.environ["XDG_CACHE_HOME"] = str(folder / "cache")  # nothing is stored before the first run
         model = base(folder / "base")
-        show(list(table(model, folder, lengths, batches, int(given[2]) if len(given) > 2 else 32)))
+        steps, arms = (int(one) for one in (*given[2:4], *("32", "3")[len(given[2:4]) :]))
+        show(list(table(model, folder, lengths, batches, steps, arms)))
 
 
 if __name__ == "__main__":
