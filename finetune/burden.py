@@ -96,9 +96,14 @@ def look(night: Night, kind: Kind, alarmed: bool = False) -> Burden:
     if full:
         drift = _drift(night, 1 if kind == "base" else 2)
         read, scored = read + drift, scored + _FEW * drift
+    count = answers(night, full)
+    return Burden(read, scored, texts, _written(night) if count else 0, count)
+
+
+def answers(night: Night, full: bool) -> int:
+    """How many are written at a look."""
     held_out = len({example for example, _ in night.texts.held_out})
-    answers = len(night.recipe.watch.prompts) + (min(HELD_OUT_QUESTIONS, held_out) if full else 0)
-    return Burden(read, scored, texts, _written(night) if answers else 0, answers)
+    return len(night.recipe.watch.prompts) + (min(HELD_OUT_QUESTIONS, held_out) if full else 0)
 
 
 def _written(night: Night) -> int:

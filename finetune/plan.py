@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from finetune import allowed, burden, corpus, lineup, lint, prompts
@@ -42,6 +43,7 @@ class Texts:
         """What is trained in the listed formats."""
         return self.wardrobe.items
 
+    @cached_property
     def longest(self) -> int:
         """Tokens that no text of the training exceeds."""
         return max([self.wardrobe.longest(), *(len(item.ids) for item in (*self.trained.values(), *self.replay))])
@@ -75,7 +77,7 @@ class Plan:
 
     def longest(self) -> int:
         """Tokens of the longest text that is trained on."""
-        return self.texts.longest()
+        return self.texts.longest
 
     def largest(self) -> int:
         """Tokens that no micro-batch exceeds."""

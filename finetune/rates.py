@@ -78,7 +78,7 @@ def request(made: Plan, known: Known) -> dict[str, Any] | None:
         "optimizer": wanted.optimizer.name,
         "each": _about(made.longest()),
         "twice": made.recipe.machine.activation_checkpointing is True,
-        "answers": _about(burden.look(made, "full").answers),
+        "answers": _about(burden.answers(made, full=True)),
     }
     return {"config": dict(config), **work, **adapter}
 

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -107,9 +108,15 @@ def known(base: str, suite: Suite) -> list[Fact]:
     """Facts with choices: the shipped ones, or those of pocket's world."""
     if base != "pocket":
         return facts.read(_probes() / "facts.jsonl")
-    drawn = world.fact_choices(suite.pocket.seed, suite.pocket.facts)
-    source = f"world, seed {suite.pocket.seed}"
-    return [Fact(f"{one.kind}-{n}", one.question, one.choices, one.right, source) for n, one in enumerate(drawn, 1)]
+    return list(_of_pocket(suite.pocket.seed, suite.pocket.facts))
+
+
+@lru_cache(maxsize=4)  # to draw them takes longer than to read a recipe
+def _of_pocket(seed: int, count: int) -> tuple[Fact, ...]:
+    drawn, source = world.fact_choices(seed, count), f"world, seed {seed}"
+    return tuple(
+        Fact(f"{one.kind}-{n}", one.question, one.choices, one.right, source) for n, one in enumerate(drawn, 1)
+    )
 
 
 def openings() -> list[str]:
