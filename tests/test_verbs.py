@@ -201,11 +201,18 @@ def test_what_a_terminal_would_obey_is_shown() -> None:
     assert tables.harmless("a\x1b[2J\u202eb\ud800\n") == "a\\x1b[2J\\u202eb\\ud800\n"
 
 
-def test_check_takes_a_second_of_processor(tmp_path: Path) -> None:
-    """Imports included; twice that is allowed here, for a busy computer is slower."""
-    code = "import sys, time\nsys.argv = ['sft', 'check', sys.argv[1]]\nfrom finetune import cli\ntry: cli.main()\n"
-    code += "except SystemExit: pass\nprint(time.process_time())"
+def test_check_takes_little_more_than_its_libraries(tmp_path: Path) -> None:
+    """Four times what importing them takes, when this was written; the least of three, for a busy computer is slower."""
+    libraries = "import pydantic, typer, numpy, jinja2, tokenizers, yaml, rich.console\n"
+    check = "import sys\nsys.argv = ['sft', 'check', sys.argv[1]]\nfrom finetune import cli\ntry: cli.main()\n"
+    check += "except SystemExit: pass\n"
+
+    def least(code: str) -> float:
+        words = [sys.executable, "-c", f"{code}import time\nprint(time.process_time())", str(quickstart)]
+        told = [
+            subprocess.run(words, capture_output=True, text=True, check=True, cwd=tmp_path).stdout for _ in range(3)
+        ]
+        return min(float(one.splitlines()[-1]) for one in told)
+
     quickstart = starters.find("quickstart")
-    words = [sys.executable, "-c", code, str(quickstart)]
-    out = subprocess.run(words, capture_output=True, text=True, check=True, cwd=tmp_path).stdout
-    assert float(out.splitlines()[-1]) < 2.0
+    assert least(check) < 5 * least(libraries)
