@@ -202,7 +202,7 @@ def test_what_a_terminal_would_obey_is_shown() -> None:
 
 
 def test_check_takes_little_more_than_its_libraries(tmp_path: Path) -> None:
-    """Four times what importing them takes, when this was written; the least of three, for a busy computer is slower."""
+    """Four times as much, when this was written; the least of three each, for a busy computer is slower."""
     libraries = "import pydantic, typer, numpy, jinja2, tokenizers, yaml, rich.console\n"
     check = "import sys\nsys.argv = ['sft', 'check', sys.argv[1]]\nfrom finetune import cli\ntry: cli.main()\n"
     check += "except SystemExit: pass\n"
