@@ -94,7 +94,8 @@ def look(night: Night, kind: Kind, alarmed: bool = False) -> Burden:
         texts += count
     scored = share * read
     if full:
-        drift = _drift(night, 1 if kind == "base" else 2)
+        once, neutral = _drift(night)
+        drift = once if kind == "base" else once + 2 * (neutral + sum(len(item.ids) for item in _along(night)))
         read, scored = read + drift, scored + _FEW * drift
     count = answers(night, full)
     return Burden(read, scored, texts, _written(night) if count else 0, count)
@@ -114,8 +115,7 @@ def _written(night: Night) -> int:
 def besides(night: Night, full: int) -> float:
     """Tokens of texts that so many full looks read and that are not in the plan: drift's, and strange formats."""
     own = sum(len(item.ids) for item in night.texts.held_out.values()) / max(len(night.formats), 1)
-    along = sum(len(item.ids) for item in _along(night))  # along which drift is read, and which are in the plan
-    return (_drift(night, 1) + _drift(night, 2)) / 2 - along + full * lineup.suite().each * own
+    return sum(_drift(night)) + full * lineup.suite().each * own
 
 
 def cost(night: Night) -> Cost:
@@ -125,8 +125,9 @@ def cost(night: Night) -> Cost:
     return Cost(epoch, light.worth, full.worth)
 
 
-def _drift(night: Night, passes: int) -> float:
-    """Tokens: facts and openings once, neutral and held-out texts along which both are read in `passes` of 2."""
+def _drift(night: Night) -> tuple[int, int]:
+    """Tokens of facts and openings, and of neutral texts: at the base only the first are read, then both models read
+    along the others and along a few examples."""
     wanted, base, words = suite.read(), night.recipe.base, night.vocabulary
     known = suite.known(base, wanted)
 
@@ -142,10 +143,7 @@ def _drift(night: Night, passes: int) -> float:
     if asked:  # every question before every opening: one of each tells all
         once += len(begun) * sum(rendered(one.question, begun[0]) for one in asked)
         once += len(asked) * sum(size(text) - size(begun[0]) for text in begun)
-    if passes == 1:
-        return once
-    neutral = sum(1 + size(one.text) for one in suite.snippets(base, wanted))
-    return once + 2 * (neutral + sum(len(item.ids) for item in _along(night)))
+    return once, sum(1 + size(one.text) for one in suite.snippets(base, wanted))
 
 
 def _along(night: Night) -> list[Item]:
